@@ -1,0 +1,69 @@
+"""What calibration costs over the bare forward: `python bench/calibration.py --model FOLDER`.
+
+The bare forward is the model's body over the same tokens, with the same type, batches and threads, in the same process.
+Both run in turns; the ratio is taken pair by pair, and its median is the figure. Run it alone on the machine: a second
+busy process makes two threads several times slower.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from prune_peak.calibration import calibrate, into_batches
+from prune_peak.sites import find_sites
+from prune_peak.source import open_source
+
+
+def timed(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a model's folder")
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=3)
+    options = parser.parse_args()
+
+    source = open_source(str(options.model))
+    sites = find_sites(source.blank, source.family)
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.samples, options.sequence_length)
+    batches = into_batches(torch.randint(source.config.vocab_size, shape, generator=generator))
+    body = source.model_class.from_pretrained(source.folder, dtype=source.dtype).base_model.eval()
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for batch in batches:
+            body(**batch, use_cache=False)
+
+    def ours() -> None:
+        for _ in calibrate(source, sites, batches, source.dtype):
+            pass
+
+    body(**batches[0])  # warm-up
+    pairs = [(timed(bare), timed(ours)) for _ in tqdm(range(options.pairs))]
+    result = {
+        "model": options.model.name,
+        "tokens": shape[0] * shape[1],
+        "dtype": str(source.dtype),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bare forward, s": [round(first, 2) for first, _ in pairs],
+        "peaks and moments, s": [round(second, 2) for _, second in pairs],
+        "ratio": round(statistics.median(second / first for first, second in pairs), 3),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

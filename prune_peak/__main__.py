@@ -1,0 +1,6 @@
+"""`python -m prune_peak` is `prune-peak`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

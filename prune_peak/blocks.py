@@ -1,0 +1,154 @@
+"""Run a stock model one block at a time, with weights read as they are needed.
+
+A dry pass, in which a recorder stands in for every block, tells what the model hands to each of them (masks and
+positions differ by block in some families). Then each block in turn gets its weights, runs over all batches, and gives
+its memory back. The numbers are those of the whole forward, bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sites import blocks_path, find_blocks
+from .source import Source
+
+Batch = dict[str, Tensor]  # the keyword arguments of the model's forward: input_ids, perhaps attention_mask
+
+
+@dataclass
+class Call:
+    """What the model handed to one block, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Recorder(nn.Module):
+    """Stands in for a block: keeps what it is called with and answers with the hidden states it got, or was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.call: Call | None = None
+        self.answer: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.call = hidden, Call(args, kwargs)
+        return hidden if self.answer is None else self.answer
+
+
+class Step:
+    """One block with its weights in place, and the hidden states before it."""
+
+    def __init__(self, index: int, block: nn.Module, hidden: list[Tensor], calls: list[Call]) -> None:
+        self.index = index
+        self.block = block
+        self._hidden = hidden
+        self._calls = calls
+        self.ran = False
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[int]:
+        """Give each batch's number, then run the block over it; the hidden states move on in place."""
+        assert not self.ran
+        self.ran = True
+        for number, call in enumerate(self._calls):
+            yield number
+            self._hidden[number] = self.block(self._hidden[number], *call.args, **call.kwargs)
+
+
+class BlockStream:
+    """A source's stock model over a few batches, block by block, then through the head.
+
+    Example:
+        >>> stream = BlockStream(source, batches, torch.float32)    # doctest: +SKIP
+        >>> for step in stream.steps():                             # doctest: +SKIP
+        ...     for number in step.run(): ...
+        >>> for logits in stream.outputs(): ...                     # doctest: +SKIP
+    """
+
+    def __init__(self, source: Source, batches: Sequence[Batch], dtype: torch.dtype) -> None:
+        self.source = source
+        self.model = source.shell(dtype)
+        self.dtype = dtype
+        self._batches = batches
+        self._blocks = list(find_blocks(self.model, source.family))
+        self._path = blocks_path(self.model, source.family)
+        self._hidden: list[Tensor] = []
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[Step]:
+        """Every block in order; what the caller does not run of it is run when the next one is asked for."""
+        body = self.model.base_model
+        calls: list[list[Call]] = [[] for _ in self._blocks]
+        with self._recording() as recorders, self._outer_weights(body):
+            for batch in self._batches:
+                body(**batch, use_cache=False)
+                assert recorders[0].hidden is not None
+                self._hidden.append(recorders[0].hidden)
+                for recorder, list_ in zip(recorders, calls, strict=True):
+                    assert recorder.call is not None
+                    list_.append(recorder.call)
+        for index, block in enumerate(self._blocks):
+            with self._weights(f"{self._path}.{index}", block):
+                step = Step(index, block, self._hidden, calls[index])
+                yield step
+                if not step.ran:
+                    for _ in step.run():
+                        pass
+
+    @torch.inference_mode()
+    def outputs(self) -> Iterator[Any]:
+        """The model's own output for each batch, once all steps are done: the hidden states through the head."""
+        with self._recording() as recorders, self._outer_weights(self.model):
+            for batch, hidden in zip(self._batches, self._hidden, strict=True):
+                recorders[-1].answer = hidden
+                yield self.model(**batch, use_cache=False)
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[Recorder]]:
+        recorders = [Recorder() for _ in self._blocks]
+        modules = find_blocks(self.model, self.source.family)
+        for index, recorder in enumerate(recorders):
+            modules[index] = recorder
+        try:
+            yield recorders
+        finally:
+            for index, block in enumerate(self._blocks):
+                modules[index] = block
+
+    @contextmanager
+    def _outer_weights(self, module: nn.Module) -> Iterator[None]:
+        """Weights for all of a module but its blocks (recorders have none)."""
+        prefix = next(name for name, other in self.model.named_modules() if other is module)
+        with self._weights(prefix, module):
+            yield
+
+    @contextmanager
+    def _weights(self, prefix: str, module: nn.Module) -> Iterator[None]:
+        """The module's parameters, read on entry and back on `meta` on exit."""
+        blank = [(owner, leaf, value) for _, owner, leaf, value in _parameters(module)]
+        for path, owner, leaf, _ in _parameters(module):
+            tensor = self.source.read(".".join(part for part in (prefix, path, leaf) if part))
+            # a copy, for its alignment: kernels round differently on memory that is mapped at an odd offset
+            tensor = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        self.source.checkpoint.release()
+        try:
+            yield
+        finally:
+            for owner, leaf, value in blank:
+                owner._parameters[leaf] = value
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+    return [
+        (path, owner, leaf, value)
+        for path, owner in module.named_modules()
+        for leaf, value in owner._parameters.items()
+        if value is not None
+    ]

@@ -1,0 +1,242 @@
+"""Named tensors on disk, read lazily and written one at a time. Nothing but this file opens safetensors.
+
+A `Checkpoint` reads a folder of one or more shards; a `Writer` lays every shard out first (all shapes are known before
+the first tensor is), so tensors can be written in any order and memory holds one of them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import PrunePeakError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_SIZE = 5_000_000_000  # bytes; what the Hub and its users are used to
+
+# safetensors' names of the types a checkpoint may hold
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Checkpoint:
+    """The tensors of a folder, by the names they have on disk.
+
+    Tensors are views of memory-mapped files, so whoever changes one copies it first. Mapped pages count as resident
+    memory until `release` is called.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards = _shards_by_name(folder)
+        self._open: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name in self._shards:
+            slice_ = self._handle(name).get_slice(name)
+            dtype = slice_.get_dtype()
+            if dtype not in DTYPES:
+                raise PrunePeakError(
+                    f"{folder}: tensor {name!r} is stored as {dtype}, which is not a plain number type. "
+                    "Quantized checkpoints cannot be cut; start from the unquantized model."
+                )
+            self._shapes[name] = tuple(slice_.get_shape())
+            self._dtypes[name] = DTYPES[dtype]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shards)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.folder / shard for shard in sorted(set(self._shards.values())))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
+
+    def release(self) -> None:
+        """Let go of every mapped file; reading opens them again."""
+        self._open.clear()
+
+    def _handle(self, name: str) -> Any:
+        shard = self._shards[name]
+        if shard not in self._open:
+            self._open[shard] = _open_shard(self.folder / shard)
+        return self._open[shard]
+
+
+def _open_shard(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise PrunePeakError(
+            f"{path} is not a readable safetensors file ({error}). Fetch it again; it may be truncated."
+        ) from None
+
+
+def _shards_by_name(folder: Path) -> dict[str, str]:
+    index = folder / INDEX_FILE
+    if index.is_file():
+        return _read_index(index)
+    single = folder / SINGLE_FILE
+    if not single.is_file():
+        raise PrunePeakError(
+            f"{folder} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}. "
+            "Save the model with `save_pretrained` first."
+        )
+    return dict.fromkeys(_open_shard(single).keys(), SINGLE_FILE)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
+            raise TypeError("weight_map must map names to file names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PrunePeakError(f"{index} is not a checkpoint index ({error!r}). Fetch it again.") from None
+    held: dict[str, set[str]] = {}
+    for shard in set(weight_map.values()):
+        if shard != Path(shard).name or shard.startswith("."):
+            raise PrunePeakError(f"{index} names the shard {shard!r}, which lies outside its folder. Not opened.")
+        if not (index.parent / shard).is_file():
+            raise PrunePeakError(f"{index} names the shard {shard!r}, which is not there. Fetch it again.")
+        held[shard] = set(_open_shard(index.parent / shard).keys())
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise PrunePeakError(f"{index} places tensor {name!r} in {shard!r}, which does not hold it.")
+    return dict(weight_map)
+
+
+class Writer:
+    """Writes a checkpoint tensor by tensor into a folder; `finish` refuses if one of the layout is missing.
+
+    Example:
+        >>> import torch, tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with Writer(folder, {"weight": ((2, 3), torch.float32)}) as writer:
+        ...     writer.write("weight", torch.ones(2, 3))
+        ...     digests = writer.finish()
+        >>> Checkpoint(folder).read("weight").sum().item()
+        6.0
+    """
+
+    def __init__(
+        self, folder: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], shard_size: int = SHARD_SIZE
+    ) -> None:
+        self._folder = folder
+        self._layout = dict(layout)
+        self.digests: dict[str, str] = {}
+        empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layout.items()}
+        self._split = split_torch_state_dict_into_shards(empty, max_shard_size=shard_size)
+        self._files: dict[str, IO[bytes]] = {}
+        self._offsets: dict[str, int] = {}
+        for file_name, names in self._split.filename_to_tensors.items():
+            self._files[file_name] = self._lay_out(file_name, names)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _lay_out(self, file_name: str, names: list[str]) -> IO[bytes]:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            shape, dtype = self._layout[name]
+            size = dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            self._offsets[name] = offset
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+        for name in names:
+            self._offsets[name] += 8 + len(text)
+        file = (self._folder / file_name).open("wb")
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+        return file
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor of the layout; a value that is not finite is refused."""
+        shape, dtype = self._layout[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, laid out as {shape} {dtype}")
+        if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+            raise PrunePeakError(
+                f"tensor {name!r} holds values that are not finite (NaN or infinity). "
+                "Nothing was written; check the source checkpoint."
+            )
+        data = tensor_bytes(tensor)
+        file = self._files[self._split.tensor_to_filename[name]]
+        file.seek(self._offsets[name])
+        file.write(data)
+        self.digests[name] = hashlib.sha256(data).hexdigest()
+
+    def finish(self) -> dict[str, str]:
+        """Close the shards, write their index, and return the SHA-256 of every tensor's bytes."""
+        missing = self._layout.keys() - self.digests.keys()
+        if missing:
+            raise ValueError(f"never written: {sorted(missing)}")
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        return self.digests
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, in C order (no copy where it is contiguous)."""
+    array = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)  # type: ignore[arg-type]
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file of our own (a plan)."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PrunePeakError(f"{path} is not a readable safetensors file ({error}).") from None
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file of our own (a plan), names in order."""
+    save_file({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, path)

@@ -1,0 +1,187 @@
+"""The command line: parse, call one function, print. stdout is the answer, stderr the talk.
+
+torch and transformers are imported inside the commands, so that `--help` does not wait for them.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import PrunePeakError, UsageError
+
+if TYPE_CHECKING:
+    from .compression import Compression
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Turns the library's errors into one `Error:` line and an exit code; anything else keeps its traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except UsageError as error:
+            raise click.UsageError(str(error), context) from None
+        except PrunePeakError as error:
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            click.echo(
+                "Interrupted. What was written so far stays in the .partial folder; --force replaces it.", err=True
+            )
+            sys.exit(130)
+
+
+def quiet_option(command: Command) -> Command:
+    """`-q`, the same everywhere."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress bars and no talk.")(command)
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="prune-peak")
+def main() -> None:
+    """Make transformer checkpoints smaller, without training and without a data set.
+
+    \b
+    Example:
+      prune-peak compress --model facebook/opt-1.3b --ratio 0.3
+    """
+
+
+@main.command()
+@click.option("--model", required=True, help="A model's folder or Hub id.")
+@click.option("--ratio", required=True, type=float, help="Share of the MLP neurons to cut at every block, e.g. 0.3.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./<name>-peak-<ratio>]")
+@click.option(
+    "--fill",
+    type=click.Choice(["peak", "mean", "median", "zero"]),
+    default="peak",
+    show_default=True,
+    help="The constant that a cut neuron is held at.",
+)
+@click.option(
+    "--no-refit",
+    is_flag=True,
+    help="Fold the constant only. All that this version does; accepted so that scripts last.",
+)
+@click.option(
+    "--calibration",
+    default="self",
+    show_default=True,
+    metavar="self|FILE.txt",
+    help="Text to measure the neurons on; `self` lets the model write it.",
+)
+@click.option("--samples", default=48, show_default=True, help="Windows of calibration.")
+@click.option("--sequence-length", default=512, show_default=True, help="Tokens a window.")
+@click.option("--multiple-of", type=int, help="Kept widths are a multiple of this.  [default: 32; 8 below width 512]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type to compute in; files keep the source's.  [default: the source's]",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option(
+    "--evaluate",
+    type=click.Path(path_type=Path),
+    metavar="FILE.txt",
+    help="Text for the perplexity before and after (its first 24 windows).  [default: held-out calibration windows]",
+)
+@click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@quiet_option
+def compress(as_json: bool, quiet: bool, no_refit: bool, **options: Any) -> None:
+    """Cut MLP neurons, fold their peaks, and write a smaller checkpoint that stock transformers loads.
+
+    \b
+    Examples:
+      prune-peak compress --model HuggingFaceTB/SmolLM2-135M --ratio 0.3
+      prune-peak compress --model ./my-model --ratio 0.2 --calibration notes.txt --output smaller
+    """
+    _settle(quiet)
+    from .compression import compress as run
+
+    result = run(**options)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        _print_compression(result)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", help="The original (folder or Hub id), to compare tensors and outputs with.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+@quiet_option
+def verify(folder: Path, model: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
+    """Check that a folder is what `compress` wrote, and does what the original does with its neurons held.
+
+    Exits with 0 if every check holds, with 3 if one does not.
+
+    \b
+    Example:
+      prune-peak verify opt-1.3b-peak-0.3 --model facebook/opt-1.3b
+    """
+    _settle(quiet)
+    from .evaluation import verify as run
+    from .source import open_source
+
+    result = run(folder, None if model is None else open_source(model, revision))
+    if as_json:
+        click.echo(json.dumps({"passed": result.passed, "checks": result.checks}, indent=2))
+    else:
+        for check in result.checks:
+            click.echo(f"{'ok' if check['passed'] else 'FAILED':>6}  {check['check']}: {check['seen']}")
+        if model is None:
+            click.echo("Outputs were not compared; pass --model ORIGINAL for that.", err=True)
+    if not result.passed:
+        sys.exit(3)
+
+
+def _settle(quiet: bool) -> None:
+    """Silence the libraries' chatter, and our own if asked to."""
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.getLogger("prune_peak").setLevel(logging.ERROR if quiet else logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _print_compression(result: "Compression") -> None:
+    before, after = result.before, result.after
+    rows = [
+        ("", "before", "after", "change"),
+        ("MLP neurons", f"{before.neurons:,}", f"{after.neurons:,}", f"-{result.share:.1%}"),
+        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", _change(before.parameters, after.parameters)),
+        ("bytes", f"{before.bytes:,}", f"{after.bytes:,}", _change(before.bytes, after.bytes)),
+    ]
+    first, second = result.perplexity_before, result.perplexity_after
+    if first and second:
+        rows.append(("perplexity", f"{first.value:.2f}", f"{second.value:.2f}", f"x{second.value / first.value:.3f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        click.echo(
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        )
+    if first:
+        click.echo(f"Perplexity on {first.text}: {first.windows} windows of {first.length} tokens, {first.dtype}.")
+    click.echo(f"\nVerified. Written to {result.output}. Load it with:\n")
+    click.echo("  from transformers import AutoTokenizer, " + result.model_class)
+    click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")
+    click.echo(f"  tokenizer = AutoTokenizer.from_pretrained({str(result.output)!r})")
+
+
+def _change(before: int, after: int) -> str:
+    return f"{after / before - 1:+.1%}"

@@ -1,0 +1,49 @@
+"""Fold and cut: pure tensor functions.
+
+A neuron held at a constant adds a constant to the output, so it can leave:
+
+    W x + b  =  W_keep x_keep + W_cut x_cut + b   ->   W_keep x_keep + (b + W_cut c)
+
+The constant the paper proposes is the most frequent value, the peak (arXiv 2408.17322, "Investigating Neuron Ablation
+in Attention Heads: The Case for Peak Activation Centering").
+"""
+
+from torch import Tensor
+
+
+def fold(weight: Tensor, bias: Tensor | None, fill: Tensor, keep: Tensor) -> Tensor:
+    """The bias that stands in for the cut neurons: b + W_cut c, in float32.
+
+    Args:
+        weight: (hidden, neurons), the output projection.
+        bias: (hidden,), or None where there is none yet.
+        fill: (neurons,), the value each neuron is held at once cut.
+        keep: (kept,), indices of the neurons that stay.
+
+    Returns:
+        (hidden,), float32.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> fold(weight, torch.tensor([0.5]), fill=torch.tensor([9.0, 9.0, 0.1]), keep=torch.tensor([0, 1]))
+        tensor([0.8000])
+    """
+    constant = fill.float().clone()
+    constant[keep] = 0
+    # float64 inside: the sum runs over thousands of neurons and is cast once
+    folded = weight.double() @ constant.double()
+    if bias is not None:
+        folded += bias.double()
+    return folded.float()
+
+
+def cut(tensor: Tensor, keep: Tensor, axis: int) -> Tensor:
+    """Only the kept neurons of a tensor, along its neuron axis.
+
+    Example:
+        >>> import torch
+        >>> cut(torch.tensor([[1, 2, 3]]), torch.tensor([0, 2]), axis=1)
+        tensor([[1, 3]])
+    """
+    return tensor.index_select(axis, keep)

@@ -1,0 +1,74 @@
+"""Which neurons stay: the width that a ratio asks for, and the score that ranks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import PrunePeakError, UsageError
+from .stats import Summary
+
+# "Kept widths are a multiple of" by default: quantized formats and GPU kernels work in blocks of 32
+MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 32, 8, 512
+
+FILLS = ("peak", "mean", "median", "zero")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan for one site: sorted indices of the kept neurons, and the value every neuron would be held at."""
+
+    keep: Tensor  # (kept,) int64
+    fill: Tensor  # (neurons,) float32
+
+
+def kept_width(width: int, ratio: float, multiple: int | None = None) -> int:
+    """How many of `width` neurons stay when a share of `ratio` is cut: the nearest multiple of `multiple`.
+
+    Raises:
+        UsageError: a ratio that is not between 0 and 1.
+        PrunePeakError: a ratio so small or large that nothing would be cut, or nothing kept.
+
+    Example:
+        >>> kept_width(1536, 0.3)
+        1088
+    """
+    if not 0 < ratio < 1:
+        raise UsageError(f"ratio {ratio} is the share to cut; it must lie between 0 and 1.")
+    if multiple is None:
+        multiple = MULTIPLE if width >= SMALL_WIDTH else SMALL_MULTIPLE
+    elif multiple < 1:
+        raise UsageError(f"--multiple-of {multiple}: expected a whole number from 1.")
+    kept = round(width * (1 - ratio) / multiple) * multiple
+    if not 0 < kept < width:
+        raise PrunePeakError(
+            f"ratio {ratio} of {width} neurons, in multiples of {multiple}, would "
+            f"{'keep none' if kept == 0 else 'cut none'}. Choose another ratio, or a smaller --multiple-of."
+        )
+    return kept
+
+
+def choose_fill(summary: Summary, fill: str) -> Tensor:
+    """The constants of a fill by its name, (neurons,) float32."""
+    if fill == "zero":
+        return torch.zeros_like(summary.mean, dtype=torch.float32)
+    values = {"peak": summary.peak, "mean": summary.mean, "median": summary.median}
+    return values[fill].float()
+
+
+def score_deviation(summary: Summary, fill: Tensor, weight: Tensor) -> Tensor:
+    """The squared error that is left when a neuron is held at its fill: E[(x - c)^2] * ||W_:j||^2.
+
+    Args:
+        fill: (neurons,).
+        weight: (hidden, neurons).
+    """
+    error = summary.variance + (summary.mean - fill.double()) ** 2
+    return error * weight.double().square().sum(0)
+
+
+def select(summary: Summary, weight: Tensor, kept: int, fill: str) -> Choice:
+    """Keep the neurons whose loss would hurt most; ties go to the lower index."""
+    values = choose_fill(summary, fill)
+    order = score_deviation(summary, values, weight).argsort(descending=True, stable=True)
+    return Choice(keep=order[:kept].sort().values, fill=values)

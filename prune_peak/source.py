@@ -1,0 +1,270 @@
+"""A checkpoint opened as the stock class that its config names: folder, config, class, and which name is where.
+
+Names on disk and in the class can differ (a base-class checkpoint, legacy names); they are resolved here and nowhere
+else. Everything that can be refused without reading weights is refused here.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+
+from .checkpoint import Checkpoint, tensor_bytes
+from .errors import PrunePeakError
+from .families import FAMILIES, Family
+
+# What travels with a checkpoint. Code, pickles and the source's own README do not.
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+
+# Buffers that older releases of transformers saved and newer ones compute
+LEGACY_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.(masked_)?bias$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model. `names` maps the names of the class's tensors to those on disk."""
+
+    name: str  # as the user gave it
+    revision: str | None  # the Hub's commit, None for a folder
+    folder: Path
+    family: Family
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    tied: Mapping[str, str]  # tensors of the class that are others' twins
+
+    @cached_property
+    def blank(self) -> PreTrainedModel:
+        """The class without any numbers, for asking it about shapes and modules."""
+        return build_blank(self.model_class, self.config)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights (that of the most numbers, where they differ)."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in self.checkpoint.names:
+            dtype = self.checkpoint.dtype(name)
+            if dtype.is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + torch.Size(self.checkpoint.shape(name)).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name in the class."""
+        return self.checkpoint.read(self.names[self.tied.get(name, name)])
+
+    def shell(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with parameters on `meta` and real buffers, in evaluation mode."""
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with no_init_weights(), _parameters_on_meta():
+                return self.model_class(self.config).eval()
+        finally:
+            torch.set_default_dtype(default)
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(self.checkpoint.shape(disk)).numel() for disk in set(self.names.values()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(
+            torch.Size(self.checkpoint.shape(disk)).numel() * self.checkpoint.dtype(disk).itemsize
+            for disk in set(self.names.values())
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """What identifies the weights: the Hub's commit, or a SHA-256 over config and tensors."""
+        if self.revision is not None:
+            return self.revision
+        total = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name, disk in sorted(self.names.items()):
+            total.update(name.encode())
+            total.update(tensor_bytes(self.checkpoint.read(disk)))
+            self.checkpoint.release()
+        return total.hexdigest()
+
+
+def open_source(name: str, revision: str | None = None) -> Source:
+    """Open a folder or a Hub id as a model of the table.
+
+    Raises:
+        PrunePeakError: with what is wrong and what to do, before any weight is read.
+    """
+    folder, commit = _locate(name, revision)
+    raw = _read_config(folder)
+    family = _find_family(raw, folder)
+    checkpoint = Checkpoint(folder)
+    blocks = raw.get("num_hidden_layers", raw.get("n_layer", 0))
+    if not isinstance(blocks, int) or blocks > len(checkpoint.names):
+        raise PrunePeakError(
+            f"{folder / 'config.json'} claims {blocks} blocks, but the checkpoint holds {len(checkpoint.names)} "
+            "tensors. The two do not belong together."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its strict config classes and their fields raise
+        raise PrunePeakError(f"{folder / 'config.json'} is not a valid {family.model_type} config: {error}") from None
+    model_class = find_class(config, raw.get("architectures"))
+    blank = build_blank(model_class, config)
+    names = _match_names(checkpoint, blank)
+    tied = {twin: first for twin, first in blank.all_tied_weights_keys.items() if first != twin}
+    for twin, first in list(tied.items()):
+        if first not in names and twin in names:
+            names[first] = names.pop(twin)
+        elif twin in names and not torch.equal(checkpoint.read(names[twin]), checkpoint.read(names[first])):
+            # transformers does not tie two tensors that differ, whatever the config says; nor do we
+            config.tie_word_embeddings = False
+            del tied[twin]
+        elif twin in names:
+            del names[twin]
+    _check_shapes(checkpoint, blank, names, tied)
+    return Source(name, commit, folder, family, config, model_class, checkpoint, names, tied)
+
+
+def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder, None
+    if folder.exists():
+        raise PrunePeakError(f"{name} is a file; expected a model's folder or a Hub id.")
+    try:
+        found = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors"], ignore_patterns=["*/*"]
+            )
+        )
+    except HFValidationError:
+        raise PrunePeakError(f"{name} is neither a folder nor a Hub id.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PrunePeakError(f"{name} is not a folder, and the Hub does not give it: {reason}") from None
+    return found, found.name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PrunePeakError(f"{folder} holds no config.json, so it is not a model's folder.") from None
+    except (OSError, ValueError) as error:
+        raise PrunePeakError(f"{path} is not readable JSON ({error}).") from None
+    if not isinstance(raw, dict):
+        raise PrunePeakError(f"{path} holds a {type(raw).__name__}; expected an object with a model_type.")
+    return raw
+
+
+def _find_family(raw: dict[str, Any], folder: Path) -> Family:
+    model_type = raw.get("model_type")
+    if "quantization_config" in raw:
+        raise PrunePeakError(f"{folder} is quantized. Cut the unquantized model, then quantize the result.")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise PrunePeakError(
+            f"{folder}: model type {model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
+        )
+    if raw.get("is_encoder_decoder") or raw.get("add_cross_attention"):
+        raise PrunePeakError(f"{folder} has cross-attention to an encoder, which prune-peak cannot calibrate.")
+    return FAMILIES[model_type]
+
+
+def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedModel]:
+    """The stock class that a config names first; a causal LM where it names none."""
+    found: Any = getattr(transformers, str(architectures[0]), None) if architectures else None
+    if not architectures:
+        found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or found.config_class is not type(config):
+        raise PrunePeakError(
+            f"config.json names the class {architectures!r}, which is no stock {config.model_type} class of "
+            f"transformers {transformers.__version__}. Custom code is never run."
+        )
+    model_class: type[PreTrainedModel] = found
+    return model_class
+
+
+def build_blank(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The class on `meta`: shapes and modules, no numbers."""
+    with torch.device("meta"), no_init_weights():
+        return model_class(config)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters go to `meta` as modules register them; buffers (rotary tables) stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _match_names(checkpoint: Checkpoint, blank: PreTrainedModel) -> dict[str, str]:
+    """Class name -> disk name, by transformers' own renaming rules."""
+    state = blank.state_dict()
+    transforms = get_model_conversion_mapping(blank)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+    ignored = [*(blank._keys_to_ignore_on_load_unexpected or ()), *LEGACY_BUFFERS]
+    names: dict[str, str] = {}
+    unknown = []
+    for disk in checkpoint.names:
+        name, converter = rename_source_key(disk, renamings, converters, blank.base_model_prefix, state)
+        if converter is None and name in state:
+            if name in names:
+                raise PrunePeakError(f"{checkpoint.folder}: {disk!r} and {names[name]!r} are the same tensor, {name}.")
+            names[name] = disk
+        elif not any(re.search(pattern, name) for pattern in ignored):
+            unknown.append(disk)
+    if unknown:
+        raise PrunePeakError(
+            f"{checkpoint.folder} holds {len(unknown)} tensors that {type(blank).__name__} has no place for, and that "
+            f"would be lost: {_few(unknown)}."
+        )
+    return names
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, blank: PreTrainedModel, names: Mapping[str, str], tied: Mapping[str, str]
+) -> None:
+    state = blank.state_dict()
+    missing = [name for name in state if tied.get(name, name) not in names]
+    if missing:
+        raise PrunePeakError(
+            f"{checkpoint.folder} lacks {len(missing)} tensors that {type(blank).__name__} needs: {_few(missing)}."
+        )
+    for name, disk in names.items():
+        if tuple(state[name].shape) != checkpoint.shape(disk):
+            raise PrunePeakError(
+                f"{checkpoint.folder}: tensor {disk!r} is {checkpoint.shape(disk)}, but config.json says "
+                f"{tuple(state[name].shape)}. The two do not belong together."
+            )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

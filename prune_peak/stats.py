@@ -1,0 +1,186 @@
+"""Running statistics of every neuron of a site: exact moments, and a histogram that knows where its peak is.
+
+Moments are exact over all tokens. The histogram is taken from a share of them: its edges are fixed by the first batch
+(a robust range, so one outlier cannot stretch it), every later token is one addition, and two histograms over the same
+edges merge by adding. Memory is that of the histogram, whatever the number of tokens.
+
+The peak (mode) is the value that more than a tenth of the tokens share exactly, where there is one (the zero of ReLU);
+otherwise the top of the density: the histogram smoothed, over a narrower width where that shows a significantly higher
+hump, and once more inside that hump. `tests/test_stats.py` holds it to distributions whose mode is known.
+"""
+
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+BINS = 256
+RANGE = (0.02, 0.98)  # quantiles of the first batch that the bins span; beyond, tokens are counted in the end bins
+PILOT = 1024  # tokens of the first batch that fix the edges
+POINT_MASS = 0.1  # a value that this share of the tokens has exactly is the peak
+HISTOGRAM_TOKENS = 8192  # enough for the stated error; more buys little
+FINER, SIGNIFICANT = 4, 5.0  # halvings of the smoothing width, each taken if the top rises by so many standard errors
+CHUNK = 512  # tokens at a time, so that a chunk stays in the processor's cache
+
+ONE = torch.ones((), dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a plan needs to know of each neuron; all (neurons,) and float64."""
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+    median: Tensor
+    peak: Tensor
+    second_moment: Tensor  # E[x^2]
+
+
+class Stats:
+    """The running sums for one site.
+
+    Args:
+        neurons: how many.
+        tokens: how many tokens are to come; the histogram takes about `HISTOGRAM_TOKENS` of them, evenly.
+
+    Example:
+        >>> stats = Stats(neurons=1, tokens=4)
+        >>> stats.add(torch.tensor([[0.0], [0.0], [0.0], [2.0]]))
+        >>> summary = stats.summarize()
+        >>> summary.peak.item(), summary.mean.item()
+        (0.0, 0.5)
+    """
+
+    def __init__(self, neurons: int, tokens: int) -> None:
+        self.neurons = neurons
+        self.stride = max(1, tokens // HISTOGRAM_TOKENS)
+        self.count = 0
+        self.sampled = 0
+        self.sum = torch.zeros(neurons, dtype=torch.float64)  # of x - pivot
+        self.square_sum = torch.zeros(neurons, dtype=torch.float64)  # of (x - pivot)^2
+        self.histogram = torch.zeros(neurons, BINS, dtype=torch.int32)
+        self.repeats = torch.zeros(neurons, dtype=torch.int64)  # sampled tokens that equal `common`
+        # set by the first batch
+        self.pivot = torch.full((neurons,), torch.nan)  # a middle value, subtracted before squaring: no cancellation
+        self.low = torch.zeros(neurons)
+        self.width = torch.zeros(neurons)  # of one bin; 0 where the neuron hardly moves
+        self.common = torch.zeros(neurons)
+
+    def add(self, values: Tensor) -> None:
+        """Count a batch of activations, (tokens, neurons), in any float type."""
+        if self.count == 0:
+            self._fix_edges(values.float())
+        for chunk in values.split(CHUNK):
+            self._add_chunk(chunk.float())
+
+    def _fix_edges(self, values: Tensor) -> None:
+        first = values[:: max(1, len(values) // PILOT)].T.contiguous()
+        ordered = torch.from_numpy(numpy.sort(first.numpy(), axis=1))  # eight times as fast as torch's
+        last = ordered.shape[1] - 1
+        low, middle, high = (ordered[:, round(last * at)] for at in (RANGE[0], 0.5, RANGE[1]))
+        self.pivot = middle
+        self.width = (high - low) / BINS
+        self.low = low
+        self.common = _most_repeated(ordered)
+
+    def _add_chunk(self, values: Tensor) -> None:
+        offset = -self.count % self.stride
+        self.count += len(values)
+        sample = values[offset :: self.stride]
+        if len(sample):
+            self.sampled += len(sample)
+            self.repeats += (sample == self.common).sum(0)
+            bins = ((sample - self.low) / self.width).nan_to_num_(0.0).clamp_(0, BINS - 1).long().T
+            self.histogram.scatter_add_(1, bins, ONE.expand(bins.shape))
+        centred = values - self.pivot
+        self.sum += centred.sum(0)
+        self.square_sum += centred.square_().sum(0)
+
+    def summarize(self) -> Summary:
+        """The statistics of what was added so far."""
+        if self.count == 0:
+            raise ValueError("no token was added")
+        pivot = self.pivot.double()
+        shift = self.sum / self.count
+        variance = (self.square_sum / self.count - shift**2).clamp_min(0)
+        mean = pivot + shift
+        return Summary(
+            count=self.count,
+            mean=mean,
+            variance=variance,
+            median=self._quantile(0.5),
+            peak=self._peak(),
+            second_moment=variance + mean**2,
+        )
+
+    def _quantile(self, share: float) -> Tensor:
+        """Linear inside the bin where the cumulative count crosses."""
+        below = self.histogram.cumsum(1).double()
+        wanted = share * self.sampled
+        bin_ = (below < wanted).sum(1, keepdim=True).clamp_max(BINS - 1)
+        inside = self.histogram.gather(1, bin_).double()
+        before = below.gather(1, bin_) - inside
+        position = bin_ + (wanted - before) / inside.clamp_min(1)
+        value = self.low.double() + position[:, 0] * self.width.double()
+        return torch.where(self.repeats > 0.5 * self.sampled, self.common.double(), value)
+
+    def _peak(self) -> Tensor:
+        # The end bins also hold everything beyond the range: no peak is looked for there
+        density = self.histogram.float()
+        density[:, 0] = density[:, -1] = 0
+        quartiles = (self._quantile(0.75) - self._quantile(0.25)).float() / self.width.clamp_min(1e-38) / 1.349
+        width = (0.9 * self.sampled ** (-1 / 7) * quartiles).clamp(0.5, BINS / 8)  # balances a mode's bias and variance
+        smooth = _smooth(density, width)
+        for _ in range(FINER):
+            narrower = (width / 2).clamp_min(0.5)
+            finer = _smooth(density, narrower)
+            height = finer.amax(1)
+            noise = (height / (2 * torch.pi**0.5 * narrower)).clamp_min(0).sqrt()
+            higher = height - smooth.amax(1) > SIGNIFICANT * noise
+            smooth[higher], width[higher] = finer[higher], narrower[higher]
+        # Once more inside the highest hump, by the hump's own width (half height, as that of a normal density)
+        top = smooth.argmax(1, keepdim=True)
+        hump = _run_around(smooth >= smooth.gather(1, top) / 2, top)
+        spread = 0.9 * self.sampled ** (-1 / 7) * hump.sum(1) / 2.355
+        fine = _smooth(density, torch.minimum(spread, width).clamp_min(0.5)).masked_fill(~hump, 0)
+        position = _parabola_top(fine)
+        value = self.low.double() + (position + 0.5) * self.width.double()
+        point_mass = self.repeats > POINT_MASS * self.sampled
+        return torch.where(point_mass | (self.width == 0), self.common.double(), value)
+
+
+def _most_repeated(ordered: Tensor) -> Tensor:
+    """The value of the longest run in each sorted row."""
+    values = ordered.numpy()
+    position = numpy.broadcast_to(numpy.arange(values.shape[1], dtype=numpy.int32), values.shape)
+    is_start = numpy.ones(values.shape, dtype=bool)
+    is_start[:, 1:] = values[:, 1:] != values[:, :-1]
+    run_start = numpy.maximum.accumulate(numpy.where(is_start, position, 0), axis=1)
+    longest = (position - run_start).argmax(axis=1)
+    return torch.from_numpy(numpy.take_along_axis(values, longest[:, None], axis=1)[:, 0])
+
+
+def _smooth(counts: Tensor, deviations: Tensor) -> Tensor:
+    """Each row of counts convolved with a normal density of its own deviation, in bins."""
+    size = 2 * counts.shape[1]  # padded, so that the ends do not meet
+    frequency = torch.fft.rfftfreq(size, dtype=counts.dtype)
+    kernel = torch.exp(-2 * (torch.pi * frequency * deviations[:, None]) ** 2)
+    smooth: Tensor = torch.fft.irfft(torch.fft.rfft(counts, size) * kernel, size)
+    return smooth[:, : counts.shape[1]]
+
+
+def _run_around(mask: Tensor, top: Tensor) -> Tensor:
+    """Of a row's true bins, those connected to its top."""
+    gaps = (~mask).cumsum(1)
+    return mask & (gaps == gaps.gather(1, top))
+
+
+def _parabola_top(density: Tensor) -> Tensor:
+    """Where the parabola through the highest bin and its neighbours is highest, in bins."""
+    top = density.argmax(1, keepdim=True).clamp(1, density.shape[1] - 2)
+    left, middle, right = (density.gather(1, top + step)[:, 0] for step in (-1, 0, 1))
+    curve = left - 2 * middle + right
+    offset = torch.where(curve < 0, 0.5 * (left - right) / curve, 0.0)
+    return top[:, 0] + offset.clamp(-0.5, 0.5)

@@ -1,0 +1,64 @@
+"""The block stream gives the numbers of the whole forward, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY, VOCABULARY, Tiny
+
+from prune_peak.blocks import BlockStream
+from prune_peak.calibration import calibrate, into_batches
+from prune_peak.sites import find_sites
+from prune_peak.source import open_source
+from prune_peak.stats import Stats
+
+
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_stream_equals_the_whole_forward(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny.build()
+    source = open_source(str(tiny.save(tmp_path)))
+    tokens = torch.randint(3, VOCABULARY, (4, 40))
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    batches = [{"input_ids": tokens[:2], "attention_mask": mask[:2]}, {"input_ids": tokens[2:]}]
+    stream = BlockStream(source, batches, torch.float32)
+    for _ in stream.steps():
+        pass
+    with torch.inference_mode():
+        for batch, output in zip(batches, stream.outputs(), strict=True):
+            assert torch.equal(output.logits, model(**batch).logits)
+    assert all(parameter.is_meta for parameter in stream.model.parameters()), "weights stayed in memory"
+
+
+def test_padding_is_not_counted(tmp_path: Path) -> None:
+    tiny = TINY[0]
+    source = open_source(str(tiny.save(tmp_path)))
+    sites = find_sites(source.blank, source.family)
+    tokens = torch.randint(3, VOCABULARY, (2, 40))
+    mask = torch.ones_like(tokens)
+    mask[0, :17] = 0
+    seen: list[torch.Tensor] = []
+    model = tiny.build()
+    model.get_submodule(sites[1].name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        model(tokens, attention_mask=mask)
+    expected = Stats(sites[1].neurons, int(mask.sum()))
+    expected.add(seen[0][mask.bool()])
+    batches = [{"input_ids": tokens, "attention_mask": mask}]
+    summary = {site.block: summary for site, summary in calibrate(source, sites, batches, torch.float32)}[1]
+    assert summary.count == int(mask.sum())
+    assert torch.allclose(summary.mean, expected.summarize().mean, atol=1e-6)
+    assert torch.allclose(summary.peak, expected.summarize().peak, atol=1e-6)
+
+
+def test_batching_does_not_change_the_statistics(tmp_path: Path) -> None:
+    source = open_source(str(TINY[3].save(tmp_path)))
+    sites = find_sites(source.blank, source.family)
+    windows = torch.randint(3, VOCABULARY, (8, 32))
+    one, many = (
+        [summary for _, summary in calibrate(source, sites, into_batches(windows, tokens), torch.float32)]
+        for tokens in (8 * 32, 32)
+    )
+    for first, second in zip(one, many, strict=True):
+        assert torch.allclose(first.mean, second.mean, atol=1e-5)
+        assert torch.allclose(first.variance, second.variance, rtol=1e-4)

@@ -1,0 +1,246 @@
+"""`compress` and `verify`, as commands and as functions, on the trained models of `examples/`."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import EXAMPLES
+from safetensors.torch import load_file, save_file
+from tiny import BY_NAME
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prune_peak
+from prune_peak.cli import main
+
+MINI = ["opt-mini", "llama-mini"]
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def compress(model: Path, output: Path, text: Path, *more: object) -> Result:
+    return run("compress", "--model", model, "--ratio", 0.3, "--output", output, "--calibration", text, "-q", *more)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("fill", ["peak", "mean"])
+@pytest.mark.parametrize("name", MINI)
+def test_trained_models_obey_the_law(name: str, fill: str, tmp_path: Path, text: Path) -> None:
+    result = prune_peak.compress(
+        str(EXAMPLES / name), 0.3, tmp_path / "cut", fill=fill, calibration=str(text), samples=16
+    )
+    checks = {check["check"] for check in result.verification.checks}
+    assert {"same function in float32, cached decoding", "same greedy tokens", "loads with the stock class"} <= checks
+    assert result.verification.passed
+    assert result.after.parameters < result.before.parameters
+    assert result.perplexity_after.value < 3 * result.perplexity_before.value
+
+
+def test_the_folder_is_whole(tmp_path: Path, text: Path) -> None:
+    source, output = EXAMPLES / "llama-mini", tmp_path / "cut"
+    result = compress(source, output, text, "--samples", 8, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["after"]["neurons"] == 3 * 272  # 384 * 0.7, the nearest multiple of eight
+    assert {path.name for path in output.iterdir()} == {path.name for path in source.iterdir()} | {
+        "prune_peak.json",
+        "prune_peak_plan.safetensors",
+    }
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (output / name).read_bytes() == (source / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.intermediate_size == 272
+    assert sum(p.numel() for p in model.parameters()) == answer["after"]["parameters"]
+    plan = load_file(output / "prune_peak_plan.safetensors")
+    for block in range(3):
+        site = f"model.layers.{block}.mlp.down_proj"
+        assert model.get_submodule(site).in_features == len(plan[f"{site}.keep"])
+        assert plan[f"{site}.fill"].shape == (384,)
+        assert plan[f"{site}.keep"].tolist() == sorted(set(plan[f"{site}.keep"].tolist()))
+    recipe = json.loads((output / "prune_peak.json").read_text())
+    assert recipe["options"]["fill"] == "peak"
+    assert all(check["passed"] for check in recipe["verification"])
+    assert "NaN" not in (output / "prune_peak.json").read_text()
+    config = json.loads((output / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+
+
+def test_same_command_same_bytes(tmp_path: Path, text: Path) -> None:
+    for name in ("one", "two"):
+        assert compress(EXAMPLES / "opt-mini", tmp_path / name, text, "--samples", 8).exit_code == 0
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_own_text_is_the_default(tmp_path: Path) -> None:
+    words = ("--ratio", 0.3, "--samples", 4, "--sequence-length", 32, "-q", "--json")
+    for name in ("one", "two"):  # sampled, then from the cache
+        result = run("compress", "--model", EXAMPLES / "llama-mini", "--output", tmp_path / name, *words)
+        assert result.exit_code == 0, result.output
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert json.loads(result.stdout)["perplexity_before"]["text"] == "held-out windows of the model's own text"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types(dtype: torch.dtype, tmp_path: Path, text: Path) -> None:
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_pretrained(EXAMPLES / "llama-mini", dtype=dtype).save_pretrained(source)
+    AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
+    result = compress(source, tmp_path / "cut", text, "--samples", 8, "--fill", "mean")
+    assert result.exit_code == 0, result.output
+    assert {tensor.dtype for tensor in load_file(tmp_path / "cut" / "model.safetensors").values()} == {dtype}
+
+
+@pytest.fixture
+def good(tmp_path: Path, text: Path) -> Path:
+    output = tmp_path / "good"
+    assert compress(EXAMPLES / "llama-mini", output, text, "--samples", 8, "--fill", "mean").exit_code == 0
+    return output
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_verify_says_yes_to_a_good_folder(good: Path, original: bool) -> None:
+    result = run("verify", good, "-q", *(["--model", EXAMPLES / "llama-mini"] if original else []))
+    assert result.exit_code == 0, result.output
+    assert ("cached decoding" in result.stdout) == original
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.bias"])
+def test_verify_finds_one_changed_value(good: Path, name: str) -> None:
+    tensors = load_file(good / "model.safetensors")
+    tensors[name].view(-1)[-1] += 1e-6
+    save_file(tensors, good / "model.safetensors", metadata={"format": "pt"})
+    result = run("verify", good, "-q")
+    assert result.exit_code == 3
+    assert f"changed since written: {name}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "not what the plan makes: model.layers.0.self_attn.q_proj.weight"),
+        ("model.layers.2.mlp.down_proj.bias", "FAILED  same function in float32"),
+        ("model.layers.0.mlp.gate_proj.bias", "not what the plan makes"),
+    ],
+)
+def test_verify_compares_with_the_original(good: Path, name: str, words: str) -> None:
+    """A forged recipe does not help: the tensors and the outputs themselves are compared."""
+    tensors = load_file(good / "model.safetensors")
+    tensors[name] += 0.01
+    save_file(tensors, good / "model.safetensors", metadata={"format": "pt"})
+    recipe = json.loads((good / "prune_peak.json").read_text())
+    recipe["tensors"] = {key: hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in tensors.items()}
+    (good / "prune_peak.json").write_text(json.dumps(recipe))
+    assert run("verify", good, "-q").exit_code == 0
+    result = run("verify", good, "-q", "--model", EXAMPLES / "llama-mini")
+    assert result.exit_code == 3
+    assert words in result.stdout
+
+
+def test_a_result_that_fails_is_not_kept(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prune_peak.export.fold", lambda weight, bias, fill, keep: torch.ones(weight.shape[0]))
+    monkeypatch.setattr("prune_peak.evaluation.cut_site", lambda *_: {})
+    result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4)
+    assert result.exit_code == 1
+    assert "does not compute what it should" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+BAD = {
+    "unknown folder": (["--model", "nowhere/at-all"], 1, "nowhere/at-all"),
+    "ratio 0": (["--ratio", "0"], 2, "between 0 and 1"),
+    "ratio 1": (["--ratio", "1"], 2, "between 0 and 1"),
+    "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
+    "no sample": (["--samples", "0"], 2, "at least one window"),
+    "text not there": (["--calibration", "no.txt"], 1, "not a readable UTF-8 text"),
+    "window of one token": (["--sequence-length", "1"], 2, "at least 2 tokens"),
+    "multiple of 0": (["--multiple-of", "0"], 2, "whole number"),
+    "multiple too large": (["--multiple-of", "4096"], 1, "keep none"),
+    "unknown fill": (["--fill", "mode"], 2, "peak"),
+    "output is a file": (["--output", "{text}"], 1, "is a file"),
+    "output cannot be made": (["--output", "/proc/nowhere/out"], 1, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str, tmp_path: Path, text: Path) -> None:
+    more, code, words = BAD[name]
+    given = [word.format(text=text) for word in more]
+    result = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--samples", 4, *given)
+    assert result.exit_code == code, result.output
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert words in error
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_short_and_empty_texts(tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text.write_text("")
+    result = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text)
+    assert result.exit_code == 1
+    assert "fewer than one window" in result.stderr
+    text.write_text("def f(x): return x\n" * 100)
+    result = run(
+        *("compress", "--model", EXAMPLES / "opt-mini", "--ratio", 0.3, "--output", tmp_path / "cut"),
+        *("--calibration", text, "--samples", 40),
+    )
+    assert result.exit_code == 0, result.output
+    assert "fewer than the 40 asked for" in caplog.text
+
+
+def test_nan_weights_are_refused_and_nothing_stays(tmp_path: Path, text: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(EXAMPLES / "llama-mini", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = compress(source, tmp_path / "cut", text, "--samples", 4)
+    assert result.exit_code == 1
+    assert "not finite" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
+
+
+def test_an_output_that_exists_is_not_touched(tmp_path: Path, text: Path) -> None:
+    output = tmp_path / "cut"
+    output.mkdir()
+    (output / "precious").touch()
+    assert "--force" in compress(EXAMPLES / "opt-mini", output, text, "--samples", 4).stderr
+    assert (output / "precious").exists()
+    assert compress(EXAMPLES / "opt-mini", output, text, "--samples", 4, "--force").exit_code == 0
+    assert not (output / "precious").exists()
+
+
+def test_a_mistral_with_a_window_is_written_as_smollm3(tmp_path: Path, text: Path) -> None:
+    source = tmp_path / "source"
+    BY_NAME["mistral-window"].save(source)
+    config = json.loads((source / "config.json").read_text())
+    assert config["vocab_size"] == 97
+    AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
+    result = run("compress", "--model", source, "--ratio", 0.3, "--output", tmp_path / "cut", "--sequence-length", 32,
+                 "--samples", 4, "--json", "-q")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model_class"] == "SmolLM3ForCausalLM"
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, prune_peak.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_module_is_the_program() -> None:
+    words = [sys.executable, "-m", "prune_peak", "--version"]
+    assert "prune-peak" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_command_has_help_and_an_example() -> None:
+    for name in main.commands:
+        assert f"prune-peak {name}" in run(name, "--help").output

