@@ -1,4 +1,4 @@
-"""Named tensors on disk, read lazily and written one at a time. Nothing but this file opens safetensors.
+"""Named tensors on disk, read lazily and written one at a time. Nothing but this file opens weight files.
 
 A `Checkpoint` reads a folder of one or more shards; a `Writer` lays every shard out first (all shapes are known before
 the first tensor is), so tensors can be written in any order and memory holds one of them.
@@ -7,7 +7,9 @@ the first tensor is), so tensors can be written in any order and memory holds on
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,7 +17,7 @@ from typing import IO, Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import PrunePeakError
@@ -40,6 +42,77 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@dataclass(frozen=True)
+class Format:
+    """How a checkpoint may lie in a folder."""
+
+    single: str
+    index: str
+    open: Callable[[Path], Any]  # gives an object with keys(), get_slice(name) and get_tensor(name)
+
+
+class LegacyShard:
+    """A `pytorch_model.bin` behind the same three methods as a safetensors file; nothing in it is executed."""
+
+    def __init__(self, path: Path) -> None:
+        loaded = _load_legacy(path)
+        if not isinstance(loaded, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+        ):
+            raise PrunePeakError(f"{path} holds more than named tensors; expected a model's state dict.")
+        self._tensors: dict[str, Tensor] = loaded
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+    def get_slice(self, name: str) -> "LegacySlice":
+        return LegacySlice(self._tensors[name])
+
+
+@dataclass(frozen=True)
+class LegacySlice:
+    """The shape and type of a tensor, as safetensors tells them."""
+
+    tensor: Tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
+
+
+def _load_legacy(path: Path) -> Any:
+    try:
+        # files from before torch 1.6 are no zips, and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # pickle, zip and torch raise their own kinds
+        reason = str(error).strip().splitlines()[0]
+        raise PrunePeakError(
+            f"{path} is not a plain file of tensors, so it is not opened: a pickle can run code ({reason}). "
+            "Fetch it again, or convert it to safetensors with a program that you trust."
+        ) from None
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise PrunePeakError(
+            f"{path} is not a readable safetensors file ({error}). Fetch it again; it may be truncated."
+        ) from None
+
+
+# In the order of preference
+FORMATS = (
+    Format(SINGLE_FILE, INDEX_FILE, _open_safetensors),
+    Format("pytorch_model.bin", "pytorch_model.bin.index.json", LegacyShard),
+)
+
+
 class Checkpoint:
     """The tensors of a folder, by the names they have on disk.
 
@@ -49,7 +122,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards = _shards_by_name(folder)
+        self._format, self._shards = _find_shards(folder)
         self._open: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -68,10 +141,6 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         return tuple(self._shards)
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(self.folder / shard for shard in sorted(set(self._shards.values())))
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
@@ -89,33 +158,24 @@ class Checkpoint:
     def _handle(self, name: str) -> Any:
         shard = self._shards[name]
         if shard not in self._open:
-            self._open[shard] = _open_shard(self.folder / shard)
+            self._open[shard] = self._format.open(self.folder / shard)
         return self._open[shard]
 
 
-def _open_shard(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise PrunePeakError(
-            f"{path} is not a readable safetensors file ({error}). Fetch it again; it may be truncated."
-        ) from None
+def _find_shards(folder: Path) -> tuple[Format, dict[str, str]]:
+    """The first format that the folder holds, and the file of every tensor."""
+    for format_ in FORMATS:
+        if (folder / format_.index).is_file():
+            return format_, _read_index(folder / format_.index, format_)
+        if (folder / format_.single).is_file():
+            return format_, dict.fromkeys(format_.open(folder / format_.single).keys(), format_.single)
+    expected = " or ".join(format_.single for format_ in FORMATS)
+    raise PrunePeakError(
+        f"{folder} holds no weights: expected {expected}, or an index of shards. Save the model with `save_pretrained`."
+    )
 
 
-def _shards_by_name(folder: Path) -> dict[str, str]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        return _read_index(index)
-    single = folder / SINGLE_FILE
-    if not single.is_file():
-        raise PrunePeakError(
-            f"{folder} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}. "
-            "Save the model with `save_pretrained` first."
-        )
-    return dict.fromkeys(_open_shard(single).keys(), SINGLE_FILE)
-
-
-def _read_index(index: Path) -> dict[str, str]:
+def _read_index(index: Path, format_: Format) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
@@ -128,7 +188,7 @@ def _read_index(index: Path) -> dict[str, str]:
             raise PrunePeakError(f"{index} names the shard {shard!r}, which lies outside its folder. Not opened.")
         if not (index.parent / shard).is_file():
             raise PrunePeakError(f"{index} names the shard {shard!r}, which is not there. Fetch it again.")
-        held[shard] = set(_open_shard(index.parent / shard).keys())
+        held[shard] = set(format_.open(index.parent / shard).keys())
     for name, shard in weight_map.items():
         if name not in held[shard]:
             raise PrunePeakError(f"{index} places tensor {name!r} in {shard!r}, which does not hold it.")
@@ -229,14 +289,24 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)  # type: ignore[arg-type]
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of one safetensors file of our own (a plan)."""
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of one safetensors file of our own (a plan, statistics, sampled text), and its metadata."""
+    file = _open_safetensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file of our own, whole or not at all.
+
+    Raises:
+        OSError: the disk does not take it; nothing is left under the name.
+    """
+    partial = path.with_name(path.name + ".partial")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PrunePeakError(f"{path} is not a readable safetensors file ({error}).") from None
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one safetensors file of our own (a plan), names in order."""
-    save_file({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}, path)
+        ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+        save_file(ordered, partial, dict(metadata or {}))
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

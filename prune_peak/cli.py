@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from .errors import PrunePeakError, UsageError
 
 if TYPE_CHECKING:
     from .compression import Compression
+    from .inspection import Inspection
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -40,9 +41,57 @@ class Group(click.Group):
             sys.exit(130)
 
 
-def quiet_option(command: Command) -> Command:
-    """`-q`, the same everywhere."""
-    return click.option("-q", "--quiet", is_flag=True, help="No progress bars and no talk.")(command)
+class Ratio(click.ParamType[float]):
+    """`0.3`, or `mlp=0.3`."""
+
+    name = "ratio"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        site, _, number = str(value).rpartition("=")
+        if site not in ("", "mlp"):
+            self.fail(f"{value}: {site!r} cannot be cut; expected a number, or mlp=NUMBER.", parameter, context)
+        try:
+            return float(number)
+        except ValueError:
+            self.fail(f"{value}: expected a number, or mlp=NUMBER.", parameter, context)
+
+
+def all_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Options that travel together, in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+talk_options = all_options(
+    click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bars and no talk."),
+)
+revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
+multiple_option = click.option(
+    "--multiple-of", type=int, help="Kept widths are a multiple of this.  [default: 32; 8 below width 512]"
+)
+calibration_options = all_options(
+    click.option(
+        "--calibration",
+        default="self",
+        show_default=True,
+        metavar="self|FILE.txt|FILE.jsonl|DATASET",
+        help="Text to measure the neurons on; `self` lets the model write it.",
+    ),
+    click.option("--samples", default=48, show_default=True, help="Windows of calibration."),
+    click.option("--sequence-length", default=512, show_default=True, help="Tokens a window."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Type to compute in; files keep the source's.  [default: the source's; float32 for float16]",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Seed of all that is drawn at random."),
+)
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -58,7 +107,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", required=True, help="A model's folder or Hub id.")
-@click.option("--ratio", required=True, type=float, help="Share of the MLP neurons to cut at every block, e.g. 0.3.")
+@click.option("--ratio", required=True, type=Ratio(), help="Share of the MLP neurons to cut at every block, e.g. 0.3.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./<name>-peak-<ratio>]")
 @click.option(
     "--fill",
@@ -68,37 +117,35 @@ def main() -> None:
     help="The constant that a cut neuron is held at.",
 )
 @click.option(
+    "--score",
+    type=click.Choice(["deviation", "activation-norm", "variance", "weight-norm", "random"]),
+    default="deviation",
+    show_default=True,
+    help="What ranks the neurons; deviation is the error that the fill leaves.",
+)
+@click.option(
     "--no-refit",
     is_flag=True,
     help="Fold the constant only. All that this version does; accepted so that scripts last.",
 )
+@calibration_options
 @click.option(
-    "--calibration",
-    default="self",
-    show_default=True,
-    metavar="self|FILE.txt",
-    help="Text to measure the neurons on; `self` lets the model write it.",
+    "--stats",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What `calibrate` wrote, in place of a calibration.",
 )
-@click.option("--samples", default=48, show_default=True, help="Windows of calibration.")
-@click.option("--sequence-length", default=512, show_default=True, help="Tokens a window.")
-@click.option("--multiple-of", type=int, help="Kept widths are a multiple of this.  [default: 32; 8 below width 512]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type to compute in; files keep the source's.  [default: the source's]",
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@multiple_option
+@revision_option
 @click.option(
     "--evaluate",
-    type=click.Path(path_type=Path),
-    metavar="FILE.txt",
+    metavar="FILE",
     help="Text for the perplexity before and after (its first 24 windows).  [default: held-out calibration windows]",
 )
+@click.option("--dry-run", is_flag=True, help="Say what would happen, what it would take, and stop.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@quiet_option
-def compress(as_json: bool, quiet: bool, no_refit: bool, **options: Any) -> None:
+@talk_options
+def compress(as_json: bool, quiet: bool, no_refit: bool, dry_run: bool, **options: Any) -> None:
     """Cut MLP neurons, fold their peaks, and write a smaller checkpoint that stock transformers loads.
 
     \b
@@ -107,6 +154,9 @@ def compress(as_json: bool, quiet: bool, no_refit: bool, **options: Any) -> None
       prune-peak compress --model ./my-model --ratio 0.2 --calibration notes.txt --output smaller
     """
     _settle(quiet)
+    if dry_run:
+        _print_estimate(options, as_json)
+        return
     from .compression import compress as run
 
     result = run(**options)
@@ -117,11 +167,58 @@ def compress(as_json: bool, quiet: bool, no_refit: bool, **options: Any) -> None
 
 
 @main.command()
+@click.option("--model", required=True, help="A model's folder or Hub id.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="File to write.")
+@calibration_options
+@revision_option
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@talk_options
+def calibrate(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure a model once; `compress --stats` then cuts it at any ratio without measuring again.
+
+    \b
+    Example:
+      prune-peak calibrate --model ./my-model --output my-model.stats --calibration notes.txt
+      prune-peak compress --model ./my-model --ratio 0.2 --stats my-model.stats --no-refit
+    """
+    _settle(quiet)
+    from .compression import save_statistics
+
+    statistics = save_statistics(**options)
+    tokens = statistics.windows.calibration.numel()
+    answer = {"output": str(options["output"]), "sites": len(statistics.stats), "tokens": tokens}
+    if as_json:
+        click.echo(json.dumps(answer | {"options": dict(statistics.options)}, indent=2))
+    else:
+        click.echo(f"{answer['sites']} sites measured on {tokens:,} tokens of {statistics.windows.source}.")
+        click.echo(f"Written to {answer['output']}.")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--ratio", type=Ratio(), default=0.3, show_default=True, help="Share of the MLP neurons to reckon with.")
+@multiple_option
+@revision_option
+@talk_options
+def inspect(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Say what can be cut from a model and what it would save, from its config alone.
+
+    \b
+    Example:
+      prune-peak inspect facebook/opt-1.3b --ratio 0.2
+    """
+    _settle(quiet)
+    from .inspection import inspect as run
+
+    inspection = run(model, **options)
+    click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else _table(_inspection_rows(inspection)))
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", help="The original (folder or Hub id), to compare tensors and outputs with.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
-@quiet_option
+@revision_option
+@talk_options
 def verify(folder: Path, model: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
     """Check that a folder is what `compress` wrote, and does what the original does with its neurons held.
 
@@ -170,11 +267,7 @@ def _print_compression(result: "Compression") -> None:
     first, second = result.perplexity_before, result.perplexity_after
     if first and second:
         rows.append(("perplexity", f"{first.value:.2f}", f"{second.value:.2f}", f"x{second.value / first.value:.3f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        click.echo(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        )
+    click.echo(_table(rows))
     if first:
         click.echo(f"Perplexity on {first.text}: {first.windows} windows of {first.length} tokens, {first.dtype}.")
     click.echo(f"\nVerified. Written to {result.output}. Load it with:\n")
@@ -185,3 +278,44 @@ def _print_compression(result: "Compression") -> None:
 
 def _change(before: int, after: int) -> str:
     return f"{after / before - 1:+.1%}"
+
+
+def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
+    i = inspection
+    return [
+        ("model", f"{i.model} ({i.model_class}, {i.dtype})"),
+        ("MLP", f"{i.neurons} neurons in each of {i.blocks} blocks; kept widths in multiples of {i.unit}"),
+        ("constants", i.constants),
+        ("written as", i.written_as + (f" ({i.why})" if i.why else "")),
+        ("read by", ", ".join(("transformers", *i.engines)) + " (engines: from their sources, not run)"),
+        (f"at ratio {i.ratio}", f"{i.kept} of {i.neurons} neurons kept"),
+        ("parameters", f"{i.parameters:,} -> {i.parameters_after:,} ({_change(i.parameters, i.parameters_after)})"),
+        ("bytes", f"{i.bytes:,} -> {i.bytes_after:,}"),
+    ]
+
+
+def _print_estimate(options: dict[str, Any], as_json: bool) -> None:
+    from .inspection import estimate
+
+    names = ("model", "ratio", "multiple_of", "revision", "calibration", "samples", "sequence_length", "dtype", "seed")
+    inspection, cost = estimate(**{name: options[name] for name in names})
+    if as_json:
+        click.echo(json.dumps(inspection.to_json() | cost.to_json(), indent=2))
+        return
+    rows: list[tuple[str, ...]] = [
+        ("minutes", f"{cost.minutes:.1f}"),
+        ("memory", f"{cost.memory / 1e9:.2f} GB at most"),
+        ("disk", f"{cost.disk / 1e9:.2f} GB"),
+    ]
+    click.echo(_table(_inspection_rows(inspection) + rows))
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns of text; all but the first right-aligned where there are more than two."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [row[1]] if len(row) == 2 else [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

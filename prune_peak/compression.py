@@ -5,39 +5,42 @@ import logging
 import os
 import platform
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from . import __version__
-from .calibration import (
+from .calibration import Statistics, calibrate, default_dtype, into_batches, load_statistics
+from .errors import PrunePeakError, UsageError, VerificationError
+from .evaluation import Perplexity, Verification, measure_perplexity, verify
+from .export import RECIPE_FILE, Export, Layout, lay_out
+from .hosts import Target, choose_target
+from .selection import FILLS, RANDOM, SCORES, kept_width, select
+from .sites import Site, find_sites
+from .source import Source, open_source
+from .stats import Stats
+from .texts import (
     SAMPLES,
     SELF,
     SEQUENCE_LENGTH,
     Windows,
-    calibrate,
     choose_windows,
-    into_batches,
     load_tokenizer,
     own_windows,
     tokenize_text,
     window_length,
 )
-from .errors import PrunePeakError, UsageError, VerificationError
-from .evaluation import Perplexity, Verification, measure_perplexity, verify
-from .export import RECIPE_FILE, Export, lay_out
-from .hosts import choose_target
-from .selection import FILLS, kept_width, select
-from .sites import find_sites
-from .source import Source, open_source
 
 log = logging.getLogger(__name__)
 
 EVALUATED = 24  # windows of an --evaluate text, from its start
 DISK_MARGIN = 50_000_000  # bytes that must stay free beside the output
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,11 @@ def compress(
     output: str | Path | None = None,
     *,
     fill: str = "peak",
+    score: str = "deviation",
     calibration: str = SELF,
     samples: int = SAMPLES,
     sequence_length: int = SEQUENCE_LENGTH,
+    stats: str | Path | None = None,
     multiple_of: int | None = None,
     dtype: str | None = None,
     seed: int = 0,
@@ -89,8 +94,10 @@ def compress(
         ratio: the share of the neurons to cut at every block.
         output: the folder to write; `./<name>-peak-<ratio>` by default.
         fill: the constant a cut neuron is held at: peak, mean, median or zero.
-        calibration: a text file, or "self" for text that the model writes itself.
+        score: what ranks the neurons: deviation (about the fill), activation-norm, variance, weight-norm or random.
+        calibration: a .txt or .jsonl file, a Hub data set, or "self" for text that the model writes itself.
         samples, sequence_length: windows of calibration, and their tokens.
+        stats: a file that `calibrate` wrote, in place of a calibration.
         multiple_of: kept widths are a multiple of this (default 32; 8 for widths below 512).
         dtype: the type to compute in; the files keep the source's.
         evaluate: a text to measure perplexity on, before and after; held-out windows of the calibration otherwise.
@@ -104,51 +111,36 @@ def compress(
         >>> result.after.parameters < result.before.parameters              # doctest: +SKIP
         True
     """
-    _check_options(fill, samples)
+    if fill not in FILLS:
+        raise UsageError(f"--fill {fill}: expected one of {', '.join(FILLS)}.")
+    _check_samples(samples)
+    if score not in (*SCORES, RANDOM):
+        raise UsageError(f"--score {score}: expected one of {', '.join((*SCORES, RANDOM))}.")
     source = open_source(model, revision)
     sites = find_sites(source.blank, source.family)
     kept = kept_width(sites[0].neurons, ratio, multiple_of)
-    target = choose_target(source, kept)
+    target = choose_target(source, kept, source.dtype)
     layout = lay_out(source, sites, target)
+    measured = None if stats is None else _measured_before(Path(stats), source, sites)
+    scored = None if evaluate is None else _read_evaluation(source, str(evaluate), sequence_length)
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{ratio}")
-    compute = _compute_dtype(source, dtype)
-    length = window_length(source, sequence_length)
-    scored = None if evaluate is None else tokenize_text(Path(evaluate), load_tokenizer(source), length)[:EVALUATED]
-    partial = _prepare_output(folder, force, sum(torch.Size(s).numel() * d.itemsize for s, d in layout.values()))
+    partial = _prepare_output(folder, force, layout)
     try:
-        windows = _find_windows(source, calibration, samples, length, seed)
+        if measured is None:
+            measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed)
         with Export(source, target, layout, partial) as export:
-            for site, summary in calibrate(source, sites, into_batches(windows.calibration), compute):
+            for site, values in measured.sites:
                 weight = site.as_matrix(source.read(site.weight))
-                export.write_site(site, select(summary, weight, kept, fill))
+                export.write_site(site, select(values.summarize(), weight, kept, fill, score, seed + site.block))
             digests = export.finish()
+        text = f"held-out windows of {measured.windows.source}" if evaluate is None else Path(evaluate).name
+        scored = measured.windows.held_out if scored is None else scored
         written = open_source(str(partial))
-        text = f"held-out windows of {windows.source}" if evaluate is None else Path(evaluate).name
-        scored = windows.held_out if scored is None else scored
+        compute = DTYPES[measured.options["dtype"]]
         before = measure_perplexity(source, scored, text, compute) if len(scored) else None
         after = measure_perplexity(written, scored, text, compute) if len(scored) else None
-        recipe = {
-            "prune_peak": __version__,
-            "source": {"model": model, "revision": source.revision, "digest": source.digest},
-            "options": {
-                "ratio": ratio,
-                "sites": "mlp",
-                "fill": fill,
-                "refit": False,
-                "calibration": calibration if calibration == SELF else Path(calibration).name,
-                "samples": len(windows.calibration),
-                "sequence_length": length,
-                "multiple_of": multiple_of,
-                "dtype": str(compute).removeprefix("torch."),
-                "seed": seed,
-            },
-            "calibration_digest": windows.digest,
-            "host": target.model_class.__name__,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+        choices = {"ratio": ratio, "fill": fill, "score": score, "multiple_of": multiple_of, "refit": False}
+        recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
             "before": asdict(_measure_size(source)),
             "after": asdict(_measure_size(written)),
             "perplexity": {"before": before and asdict(before), "after": after and asdict(after)},
@@ -165,53 +157,109 @@ def compress(
     except PrunePeakError:
         shutil.rmtree(partial)
         raise
-    result = Compression(
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    return Compression(
         output=folder,
         model_class=target.model_class.__name__,
-        before=_measure_size(source),
-        after=_measure_size(written),
+        before=Size(**recipe["before"]),
+        after=Size(**recipe["after"]),
         share=1 - kept / sites[0].neurons,
         perplexity_before=before,
         perplexity_after=after,
         verification=verification,
     )
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
-    return result
 
 
-def _check_options(fill: str, samples: int) -> None:
-    if fill not in FILLS:
-        raise UsageError(f"--fill {fill}: expected one of {', '.join(FILLS)}.")
+def save_statistics(
+    model: str,
+    output: str | Path,
+    *,
+    calibration: str = SELF,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    dtype: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    force: bool = False,
+) -> Statistics:
+    """Measure a model once and keep its statistics in a file, for `compress(stats=...)` at several ratios.
+
+    Raises:
+        PrunePeakError: bad input, or a file that is there already and `force` is not given.
+
+    Example:
+        >>> save_statistics("examples/opt-mini", "opt-mini.stats")       # doctest: +SKIP
+        >>> compress("examples/opt-mini", 0.2, stats="opt-mini.stats")   # doctest: +SKIP
+    """
+    _check_samples(samples)
+    path = Path(output)
+    if path.exists() and not force:
+        raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
+    source = open_source(model, revision)
+    sites = find_sites(source.blank, source.family)
+    measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed)
+    statistics = Statistics({site.name: stats for site, stats in measured.sites}, measured.windows, measured.options)
+    statistics.save(path, source)
+    return statistics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Statistics site by site (measured as they are asked for), and what they are taken over."""
+
+    windows: Windows
+    options: Mapping[str, Any]
+    sites: Iterable[tuple[Site, Stats]]
+
+
+def measure(
+    source: Source,
+    sites: Sequence[Site],
+    calibration: str = SELF,
+    samples: int = SAMPLES,
+    sequence_length: int = SEQUENCE_LENGTH,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Measured:
+    """Find the windows of a calibration, and be ready to measure on them."""
+    length = window_length(source, sequence_length)
+    if calibration == SELF:
+        windows = own_windows(source, samples, length, seed)
+    else:
+        windows = choose_windows(calibration, source, samples, length, seed)
+    found = len(windows.calibration)
+    if found < samples:
+        log.warning("%s gives %d windows of %d tokens, not %d; used them all.", calibration, found, length, samples)
+    options: dict[str, Any] = {
+        "calibration": calibration if calibration == SELF else Path(calibration).name,
+        "samples": found,
+        "sequence_length": length,
+        "dtype": dtype or default_dtype(source),
+        "seed": seed,
+    }
+    batches = into_batches(windows.calibration)
+    return Measured(windows, options, calibrate(source, sites, batches, DTYPES[options["dtype"]]))
+
+
+def _measured_before(path: Path, source: Source, sites: Sequence[Site]) -> Measured:
+    statistics = load_statistics(path, source, sites)
+    return Measured(statistics.windows, statistics.options, [(site, statistics.stats[site.name]) for site in sites])
+
+
+def _check_samples(samples: int) -> None:
     if samples < 1:
         raise UsageError(f"--samples {samples}: expected at least one window.")
 
 
-def _compute_dtype(source: Source, dtype: str | None) -> torch.dtype:
-    """The type asked for; else the source's, but float32 for float16, whose range activations overflow."""
-    if dtype is None:
-        return torch.float32 if source.dtype is torch.float16 else source.dtype
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+def _read_evaluation(source: Source, text: str, sequence_length: int) -> Tensor:
+    return tokenize_text(text, load_tokenizer(source), window_length(source, sequence_length))[:EVALUATED]
 
 
-def _find_windows(source: Source, calibration: str, samples: int, length: int, seed: int) -> Windows:
-    if calibration == SELF:
-        return own_windows(source, samples, length, seed)
-    windows = choose_windows(Path(calibration), source, samples, length, seed)
-    if len(windows.calibration) < samples:
-        log.warning(
-            "%s holds %d windows of %d tokens to calibrate on, fewer than the %d asked for; used them all.",
-            calibration,
-            len(windows.calibration),
-            length,
-            samples,
-        )
-    return windows
-
-
-def _prepare_output(folder: Path, force: bool, size: int) -> Path:
+def _prepare_output(folder: Path, force: bool, layout: Layout) -> Path:
     """The empty folder to write into, beside the final name."""
+    size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
     partial = folder.with_name(folder.name + ".partial")
     for path, meaning in ((folder, "exists"), (partial, "was left by a run that did not end")):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -237,6 +285,22 @@ def _prepare_output(folder: Path, force: bool, size: int) -> Path:
 def _measure_size(source: Source) -> Size:
     neurons = sum(site.neurons for site in find_sites(source.blank, source.family))
     return Size(neurons=neurons, parameters=source.parameters, bytes=source.size)
+
+
+def _write_recipe(source: Source, target: Target, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
+    """What was done with what; no dates and no times, so that the same command gives the same bytes."""
+    return {
+        "prune_peak": __version__,
+        "source": {"model": source.name, "revision": source.revision, "digest": source.digest},
+        "options": {"sites": "mlp", **options},
+        "calibration_digest": windows.digest,
+        "host": target.model_class.__name__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

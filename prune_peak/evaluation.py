@@ -123,7 +123,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 def read_plan(folder: Path) -> dict[str, Choice]:
     """The plan of a written folder: a `Choice` for every site, by the site's name."""
-    tensors = load_tensors(folder / PLAN_FILE)
+    tensors, _ = load_tensors(folder / PLAN_FILE)
     names = [name.removesuffix(".keep") for name in tensors if name.endswith(".keep")]
     if not names or set(tensors) != {f"{name}.{part}" for name in names for part in ("keep", "fill")}:
         raise PrunePeakError(

@@ -4,7 +4,8 @@ To add a family, add one row here and one tiny config in `tests/tiny.py`; every 
 Counts, widths, Linear or Conv1D, and whether a bias is there are asked of the class itself (`sites.py`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,29 @@ class Family:
     blocks: str  # path of the list of blocks, from the base model
     mlp: MLP
     hosts: tuple[str, ...] = ("own",)  # the classes that can hold the result, best first (`hosts.py`)
+    host_settings: Mapping[str, object] = field(default_factory=dict)  # what is fixed here and optional in the hosts
 
 
 LLAMA_MLP = MLP(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size", "mlp_bias")
+
+# Llama's mathematics without a bias to fold into: Llama itself holds them where the heads divide the hidden size,
+# Granite where they do not, SmolLM3 where attention has a sliding window.
+LLAMA_HOSTS = ("llama", "granite", "smollm3")
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("gpt2", "h", MLP(("mlp.c_fc",), "mlp.c_proj", "n_inner")),
+        Family("gpt_neox", "layers", MLP(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "intermediate_size")),
+        Family("granite", "layers", LLAMA_MLP),
         Family("llama", "layers", LLAMA_MLP),
-        # Mistral has no bias to fold into; its mathematics are Llama's, and SmolLM3's where it has a window.
-        Family("mistral", "layers", LLAMA_MLP, hosts=("llama", "smollm3")),
+        Family("mistral", "layers", LLAMA_MLP, LLAMA_HOSTS),
+        # Galactica is an OPT without biases
+        Family("opt", "decoder.layers", MLP(("fc1",), "fc2", "ffn_dim", "enable_bias")),
+        Family("phi", "layers", MLP(("mlp.fc1",), "mlp.fc2", "intermediate_size")),
+        # Qwen2 always has biases on q, k and v, and never one on o
+        Family("qwen2", "layers", LLAMA_MLP, LLAMA_HOSTS, {"attention_bias": True}),
         Family("smollm3", "layers", LLAMA_MLP),
-        Family("opt", "decoder.layers", MLP(("fc1",), "fc2", "ffn_dim")),
+        Family("starcoder2", "layers", MLP(("mlp.c_fc",), "mlp.c_proj", "intermediate_size", "use_bias")),
     )
 }

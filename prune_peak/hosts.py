@@ -8,13 +8,17 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, SmolLM3Config
+import torch
+from transformers import GraniteConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, SmolLM3Config
 
 from .errors import PrunePeakError
-from .source import Source, find_class
+from .source import Blueprint, find_class
 
 # Keys that every config has and no computation reads
 IDENTITY = {"architectures", "model_type", "transformers_version", "_name_or_path"}
+
+# Keys that say where attention is windowed; read by `_layer_types`
+WINDOW_KEYS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Target:
 
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
+    why: str  # what the better hosts of the family lack; empty where this is the first
 
 
 class HostError(Exception):
@@ -36,47 +41,90 @@ def own(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def llama(config: PreTrainedConfig) -> PreTrainedConfig:
     """Rotary GQA decoders with RMSNorm and a gated MLP, whose attention sees the whole past."""
-    if getattr(config, "sliding_window", None) is not None:
-        raise HostError("Llama has no sliding window")
-    return _transfer(config, LlamaConfig, handled={"sliding_window"})
+    _refuse_windows(config, "Llama")
+    if config.hidden_size % config.num_attention_heads:
+        raise HostError(f"Llama wants heads that divide the hidden size, not {config.num_attention_heads}")
+    return _transfer(config, LlamaConfig, WINDOW_KEYS)
+
+
+def granite(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same with any number of heads; Granite's multipliers are set to do nothing."""
+    _refuse_windows(config, "Granite")
+    head_dim = _head_dim(config)
+    return _transfer(
+        config, GraniteConfig, WINDOW_KEYS | {"head_dim"}, attention_multiplier=head_dim**-0.5, head_dim=head_dim
+    )
 
 
 def smollm3(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same with a sliding window."""
-    blocks = config.num_hidden_layers
-    target = _transfer(
+    """The same with a sliding window, at all blocks or at some."""
+    return _transfer(
         config,
         SmolLM3Config,
-        handled={"sliding_window", "head_dim"},
-        sliding_window=config.sliding_window,
+        WINDOW_KEYS | {"head_dim"},
         use_sliding_window=True,
-        layer_types=["sliding_attention"] * blocks,
-        no_rope_layers=[1] * blocks,
-        head_dim=config.head_dim,
+        sliding_window=config.sliding_window,
+        layer_types=_layer_types(config),
+        no_rope_layers=[1] * config.num_hidden_layers,
+        head_dim=_head_dim(config),
     )
-    return target
 
 
-HOSTS: dict[str, Callable[[PreTrainedConfig], PreTrainedConfig]] = {"own": own, "llama": llama, "smollm3": smollm3}
+HOSTS: dict[str, Callable[[PreTrainedConfig], PreTrainedConfig]] = {
+    "own": own,
+    "llama": llama,
+    "granite": granite,
+    "smollm3": smollm3,
+}
+
+# Which serving engines read a written class, biases included: read in their sources, not run here
+ENGINES = {
+    "gpt2": ("vLLM",),
+    "gpt_neox": ("vLLM",),
+    "granite": ("vLLM", "llama.cpp"),
+    "llama": ("vLLM", "llama.cpp"),
+    "opt": ("vLLM",),
+    "phi": (),
+    "smollm3": ("vLLM, by its Transformers backend",),
+    "starcoder2": ("vLLM",),
+}
 
 
-def choose_target(source: Source, kept: int) -> Target:
+def choose_target(source: Blueprint, kept: int, dtype: torch.dtype) -> Target:
     """The best host of the source's family for an MLP of `kept` neurons, with its bias opened."""
-    reasons = []
-    for name in source.family.hosts:
+    family, reasons = source.family, []
+    for name in family.hosts:
         try:
             config = HOSTS[name](source.config)
         except HostError as reason:
             reasons.append(str(reason))
             continue
-        setattr(config, source.family.mlp.width_key, kept)
-        if source.family.mlp.bias_key is not None:
-            setattr(config, source.family.mlp.bias_key, True)
-        config.dtype = source.dtype
+        if name != "own":
+            config.update(dict(family.host_settings))
+        setattr(config, family.mlp.width_key, kept)
+        if family.mlp.bias_key is not None:
+            setattr(config, family.mlp.bias_key, True)
+        config.dtype = dtype
         model_class = source.model_class if name == "own" else _same_head(source, config)
         config.architectures = [model_class.__name__]
-        return Target(model_class, config)
+        return Target(model_class, config, "; ".join(reasons))
     raise PrunePeakError(f"no stock class can hold a cut {source.name}: {'; '.join(reasons)}.")
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    window = getattr(config, "sliding_window", None)
+    kind = "full_attention" if window is None else "sliding_attention"
+    return getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
+
+
+def _refuse_windows(config: PreTrainedConfig, host: str) -> None:
+    if "sliding_attention" in _layer_types(config):
+        raise HostError(f"{host} has no sliding window")
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
 
 
 def _transfer(
@@ -92,7 +140,7 @@ def _transfer(
     return host(**(shared | settings))
 
 
-def _same_head(source: Source, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _same_head(source: Blueprint, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """MistralForCausalLM -> LlamaForCausalLM."""
     ours = type(source.config).__name__.removesuffix("Config")
     theirs = type(config).__name__.removesuffix("Config")

@@ -1,5 +1,6 @@
 """Which neurons stay: the width that a ratio asks for, and the score that ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,8 @@ def kept_width(width: int, ratio: float, multiple: int | None = None) -> int:
     """
     if not 0 < ratio < 1:
         raise UsageError(f"ratio {ratio} is the share to cut; it must lie between 0 and 1.")
-    if multiple is None:
-        multiple = MULTIPLE if width >= SMALL_WIDTH else SMALL_MULTIPLE
-    elif multiple < 1:
+    multiple = unit(width) if multiple is None else multiple
+    if multiple < 1:
         raise UsageError(f"--multiple-of {multiple}: expected a whole number from 1.")
     kept = round(width * (1 - ratio) / multiple) * multiple
     if not 0 < kept < width:
@@ -46,6 +46,16 @@ def kept_width(width: int, ratio: float, multiple: int | None = None) -> int:
             f"{'keep none' if kept == 0 else 'cut none'}. Choose another ratio, or a smaller --multiple-of."
         )
     return kept
+
+
+def unit(width: int) -> int:
+    """The multiple that kept widths have by default.
+
+    Example:
+        >>> unit(1536), unit(384)
+        (32, 8)
+    """
+    return MULTIPLE if width >= SMALL_WIDTH else SMALL_MULTIPLE
 
 
 def choose_fill(summary: Summary, fill: str) -> Tensor:
@@ -57,18 +67,51 @@ def choose_fill(summary: Summary, fill: str) -> Tensor:
 
 
 def score_deviation(summary: Summary, fill: Tensor, weight: Tensor) -> Tensor:
-    """The squared error that is left when a neuron is held at its fill: E[(x - c)^2] * ||W_:j||^2.
+    """The squared error that is left when a neuron is held at its fill: E[(x - c)^2] * ||W_:j||^2."""
+    return (summary.variance + (summary.mean - fill.double()) ** 2) * _norms(weight)
+
+
+def score_activation_norm(summary: Summary, fill: Tensor, weight: Tensor) -> Tensor:
+    """Wanda's criterion summed over the outputs: E[x^2] * ||W_:j||^2. The error left by a fill of zero."""
+    return summary.second_moment * _norms(weight)
+
+
+def score_variance(summary: Summary, fill: Tensor, weight: Tensor) -> Tensor:
+    """FLAP's criterion: Var[x] * ||W_:j||^2. The error left by a fill of the mean."""
+    return summary.variance * _norms(weight)
+
+
+def score_weight_norm(summary: Summary, fill: Tensor, weight: Tensor) -> Tensor:
+    """Magnitude, blind to what the neurons do: ||W_:j||^2."""
+    return _norms(weight)
+
+
+def _norms(weight: Tensor) -> Tensor:
+    return weight.double().square().sum(0)
+
+
+# name: (summary, fill (neurons,), weight (hidden, neurons)) -> (neurons,), the higher the more worth keeping
+SCORES: dict[str, Callable[[Summary, Tensor, Tensor], Tensor]] = {
+    "deviation": score_deviation,
+    "activation-norm": score_activation_norm,
+    "variance": score_variance,
+    "weight-norm": score_weight_norm,
+}
+RANDOM = "random"  # the one score that needs a generator, not a function
+
+
+def select(summary: Summary, weight: Tensor, kept: int, fill: str, score: str = "deviation", seed: int = 0) -> Choice:
+    """Keep the neurons whose loss would hurt most; ties go to the lower index.
 
     Args:
-        fill: (neurons,).
-        weight: (hidden, neurons).
+        weight: (hidden, neurons), the output projection.
+        score: a name of `SCORES`, or "random".
+        seed: of the random score; give every site its own.
     """
-    error = summary.variance + (summary.mean - fill.double()) ** 2
-    return error * weight.double().square().sum(0)
-
-
-def select(summary: Summary, weight: Tensor, kept: int, fill: str) -> Choice:
-    """Keep the neurons whose loss would hurt most; ties go to the lower index."""
     values = choose_fill(summary, fill)
-    order = score_deviation(summary, values, weight).argsort(descending=True, stable=True)
+    if score == RANDOM:
+        scores = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    else:
+        scores = SCORES[score](summary, values, weight)
+    order = scores.argsort(descending=True, stable=True)
     return Choice(keep=order[:kept].sort().values, fill=values)

@@ -31,13 +31,15 @@ from .families import FAMILIES, Family
 # What travels with a checkpoint. Code, pickles and the source's own README do not.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
+MOST_BLOCKS = 1000  # far above any model; a config that claims more would only exhaust the memory
+
 # Buffers that older releases of transformers saved and newer ones compute
 LEGACY_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
-class Source:
-    """An opened model. `names` maps the names of the class's tensors to those on disk."""
+class Blueprint:
+    """A model as its config alone tells it: no weight is read."""
 
     name: str  # as the user gave it
     revision: str | None  # the Hub's commit, None for a folder
@@ -45,14 +47,20 @@ class Source:
     family: Family
     config: PreTrainedConfig
     model_class: type[PreTrainedModel]
-    checkpoint: Checkpoint
-    names: Mapping[str, str]
-    tied: Mapping[str, str]  # tensors of the class that are others' twins
 
     @cached_property
     def blank(self) -> PreTrainedModel:
         """The class without any numbers, for asking it about shapes and modules."""
         return build_blank(self.model_class, self.config)
+
+
+@dataclass(frozen=True)
+class Source(Blueprint):
+    """An opened model. `names` maps the names of the class's tensors to those on disk."""
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    tied: Mapping[str, str]  # tensors of the class that are others' twins
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -80,14 +88,14 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        return sum(torch.Size(self.checkpoint.shape(disk)).numel() for disk in set(self.names.values()))
+        return sum(torch.Size(self.checkpoint.shape(disk)).numel() for disk in self.names.values())
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(
             torch.Size(self.checkpoint.shape(disk)).numel() * self.checkpoint.dtype(disk).itemsize
-            for disk in set(self.names.values())
+            for disk in self.names.values()
         )
 
     @cached_property
@@ -103,28 +111,28 @@ class Source:
         return total.hexdigest()
 
 
+def open_blueprint(name: str, revision: str | None = None) -> Blueprint:
+    """Read a model's config, and nothing else, from a folder or the Hub.
+
+    Raises:
+        PrunePeakError: with what is wrong and what to do.
+    """
+    folder, commit = _locate(name, revision, ["config.json"])
+    return _read_blueprint(name, commit, folder)
+
+
 def open_source(name: str, revision: str | None = None) -> Source:
     """Open a folder or a Hub id as a model of the table.
 
     Raises:
         PrunePeakError: with what is wrong and what to do, before any weight is read.
     """
-    folder, commit = _locate(name, revision)
-    raw = _read_config(folder)
-    family = _find_family(raw, folder)
+    folder, commit = _locate(name, revision, [*SIDE_FILES, "*.safetensors"])
+    if commit is not None and not any(folder.glob("*.safetensors")):
+        folder, commit = _locate(name, commit, [*SIDE_FILES, "pytorch_model*.bin"])
+    blueprint = _read_blueprint(name, commit, folder)
+    config, blank = blueprint.config, blueprint.blank
     checkpoint = Checkpoint(folder)
-    blocks = raw.get("num_hidden_layers", raw.get("n_layer", 0))
-    if not isinstance(blocks, int) or blocks > len(checkpoint.names):
-        raise PrunePeakError(
-            f"{folder / 'config.json'} claims {blocks} blocks, but the checkpoint holds {len(checkpoint.names)} "
-            "tensors. The two do not belong together."
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its strict config classes and their fields raise
-        raise PrunePeakError(f"{folder / 'config.json'} is not a valid {family.model_type} config: {error}") from None
-    model_class = find_class(config, raw.get("architectures"))
-    blank = build_blank(model_class, config)
     names = _match_names(checkpoint, blank)
     tied = {twin: first for twin, first in blank.all_tied_weights_keys.items() if first != twin}
     for twin, first in list(tied.items()):
@@ -137,27 +145,44 @@ def open_source(name: str, revision: str | None = None) -> Source:
         elif twin in names:
             del names[twin]
     _check_shapes(checkpoint, blank, names, tied)
-    return Source(name, commit, folder, family, config, model_class, checkpoint, names, tied)
+    return Source(
+        name, commit, folder, blueprint.family, config, blueprint.model_class, checkpoint, names=names, tied=tied
+    )
 
 
-def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
     folder = Path(name)
     if folder.is_dir():
         return folder, None
     if folder.exists():
         raise PrunePeakError(f"{name} is a file; expected a model's folder or a Hub id.")
     try:
-        found = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=[*SIDE_FILES, "*.safetensors"], ignore_patterns=["*/*"]
-            )
-        )
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError:
         raise PrunePeakError(f"{name} is neither a folder nor a Hub id.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PrunePeakError(f"{name} is not a folder, and the Hub does not give it: {reason}") from None
     return found, found.name
+
+
+def _read_blueprint(name: str, commit: str | None, folder: Path) -> Blueprint:
+    raw = _read_config(folder)
+    family = _find_family(raw, folder)
+    blocks = raw.get("num_hidden_layers", raw.get("n_layer", 1))
+    if not isinstance(blocks, int) or not 1 <= blocks <= MOST_BLOCKS:
+        raise PrunePeakError(f"{folder / 'config.json'} claims {blocks!r} blocks; expected 1 to {MOST_BLOCKS}.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class = find_class(config, raw.get("architectures"))
+        blueprint = Blueprint(name, commit, folder, family, config, model_class)
+        blueprint.blank  # noqa: B018 - shapes that the class itself refuses are refused here
+    except PrunePeakError:
+        raise
+    except Exception as error:  # transformers raises whatever its strict config classes and its modules raise
+        reason = " ".join(str(error).split())[:300]
+        raise PrunePeakError(f"{folder / 'config.json'} is not a valid {family.model_type} config: {reason}") from None
+    return blueprint
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -174,16 +199,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _find_family(raw: dict[str, Any], folder: Path) -> Family:
+    """The row of the table, or a refusal that says what the model is."""
     model_type = raw.get("model_type")
-    if "quantization_config" in raw:
-        raise PrunePeakError(f"{folder} is quantized. Cut the unquantized model, then quantize the result.")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise PrunePeakError(
-            f"{folder}: model type {model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
-        )
-    if raw.get("is_encoder_decoder") or raw.get("add_cross_attention"):
-        raise PrunePeakError(f"{folder} has cross-attention to an encoder, which prune-peak cannot calibrate.")
-    return FAMILIES[model_type]
+    if raw.get("quantization_config"):
+        what = "a quantized checkpoint. Cut the unquantized model, then quantize the result."
+    elif raw.get("is_encoder_decoder") or raw.get("add_cross_attention"):
+        what = "an encoder-decoder, which prune-peak does not calibrate."
+    elif isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    elif any("expert" in key for key in raw):
+        what = f"a mixture of experts ({model_type}), whose experts have no place for a constant."
+    elif isinstance(raw.get("text_config"), dict) or isinstance(raw.get("vision_config"), dict):
+        what = f"a multimodal wrapper ({model_type}). Save its language model on its own and cut that."
+    elif "auto_map" in raw:
+        what = f"a model with code of its own ({model_type!r}), which is never run."
+    else:
+        what = f"of the model type {model_type!r}, which is not supported. Supported: {', '.join(sorted(FAMILIES))}."
+    raise PrunePeakError(f"{folder} is {what}")
 
 
 def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedModel]:

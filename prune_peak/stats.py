@@ -9,6 +9,7 @@ otherwise the top of the density: the histogram smoothed, over a narrower width 
 hump, and once more inside that hump. `tests/test_stats.py` holds it to distributions whose mode is known.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy
@@ -23,6 +24,10 @@ HISTOGRAM_TOKENS = 8192  # enough for the stated error; more buys little
 FINER, SIGNIFICANT = 4, 5.0  # halvings of the smoothing width, each taken if the top rises by so many standard errors
 CHUNK = 512  # tokens at a time, so that a chunk stays in the processor's cache
 
+# The fields of `Stats`: numbers that add up, tensors that add up, and what must be the same for that
+COUNTS = ("count", "sampled")
+SUMS = ("sum", "square_sum", "histogram", "repeats")
+EDGES = ("pivot", "low", "width", "common")
 ONE = torch.ones((), dtype=torch.int32)
 
 
@@ -68,9 +73,51 @@ class Stats:
         self.width = torch.zeros(neurons)  # of one bin; 0 where the neuron hardly moves
         self.common = torch.zeros(neurons)
 
+    def alike(self) -> "Stats":
+        """Empty statistics over the same edges, for another share of the tokens: the two can be merged."""
+        other = Stats(self.neurons, self.stride * HISTOGRAM_TOKENS)
+        for name in EDGES:
+            setattr(other, name, getattr(self, name))
+        return other
+
+    def merge(self, other: "Stats") -> None:
+        """Add what another one has counted.
+
+        Raises:
+            ValueError: the two do not have the same edges.
+        """
+        if not all(torch.equal(getattr(self, name), getattr(other, name)) for name in EDGES):
+            raise ValueError("statistics merge only over the same edges; begin the second with `alike`")
+        for name in COUNTS + SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything, as tensors to save."""
+        counts = torch.tensor([self.stride, *(getattr(self, name) for name in COUNTS)])
+        return {"counts": counts} | {name: getattr(self, name) for name in SUMS + EDGES}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Stats":
+        """What `to_tensors` gave.
+
+        Raises:
+            ValueError: a tensor is missing, or of another shape.
+        """
+        if set(tensors) != {"counts", *SUMS, *EDGES} or tensors["counts"].shape != (1 + len(COUNTS),):
+            raise ValueError(f"expected the tensors counts, {', '.join(SUMS + EDGES)}")
+        stats = cls(len(tensors["pivot"]), 0)
+        stats.stride, *counts = tensors["counts"].tolist()
+        for name, count in zip(COUNTS, counts, strict=True):
+            setattr(stats, name, count)
+        for name in SUMS + EDGES:
+            if tensors[name].shape != getattr(stats, name).shape:
+                raise ValueError(f"{name} is {tuple(tensors[name].shape)}")
+            setattr(stats, name, tensors[name])
+        return stats
+
     def add(self, values: Tensor) -> None:
         """Count a batch of activations, (tokens, neurons), in any float type."""
-        if self.count == 0:
+        if self.pivot.isnan().all():
             self._fix_edges(values.float())
         for chunk in values.split(CHUNK):
             self._add_chunk(chunk.float())

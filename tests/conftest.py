@@ -22,9 +22,9 @@ def _one_seed() -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled text is cached apart from the user's."""
-    import prune_peak.calibration
+    import prune_peak.texts
 
-    monkeypatch.setattr(prune_peak.calibration, "HF_HOME", tmp_path_factory.getbasetemp() / "hf-home")
+    monkeypatch.setattr(prune_peak.texts, "HF_HOME", tmp_path_factory.getbasetemp() / "hf-home")
 
 
 @pytest.fixture

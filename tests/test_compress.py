@@ -194,7 +194,7 @@ def test_short_and_empty_texts(tmp_path: Path, text: Path, caplog: pytest.LogCap
         *("--calibration", text, "--samples", 40),
     )
     assert result.exit_code == 0, result.output
-    assert "fewer than the 40 asked for" in caplog.text
+    assert "not 40; used them all" in caplog.text
 
 
 def test_nan_weights_are_refused_and_nothing_stays(tmp_path: Path, text: Path) -> None:

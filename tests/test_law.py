@@ -33,11 +33,12 @@ def cut_tiny(folder: Path, output: Path, fill: str, batches: list[Batch] | None 
     output.mkdir()
     source = open_source(str(folder))
     sites = find_sites(source.blank, source.family)
-    target = choose_target(source, KEPT)
+    target = choose_target(source, KEPT, source.dtype)
     batches = batches or into_batches(torch.randint(3, VOCABULARY, (6, 64)), tokens=128)
     with Export(source, target, lay_out(source, sites, target), output) as export:
-        for site, summary in calibrate(source, sites, batches, torch.float32):
-            export.write_site(site, select(summary, site.as_matrix(source.read(site.weight)), KEPT, fill))
+        for site, stats in calibrate(source, sites, batches, torch.float32):
+            weight = site.as_matrix(source.read(site.weight))
+            export.write_site(site, select(stats.summarize(), weight, KEPT, fill))
         export.finish()
     return source
 

@@ -15,7 +15,8 @@ sys.modules["prune_peak"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-tokens = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=24, do_sample=False)
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
 print(json.dumps({"info": {key: sorted(map(str, value)) for key, value in info.items()},
                   "parameters": model.num_parameters(), "text": tokenizer.decode(tokens[0])}))
 """

@@ -49,6 +49,11 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "Llama": ROTARY,
     "Mistral": ROTARY | {"sliding_window": None},
     "SmolLM3": ROTARY,
+    "Granite": ROTARY,
+    "Qwen2": ROTARY,
+    "Phi": ROTARY,
+    "Starcoder2": ROTARY,
+    "GPTNeoX": {key: value for key, value in ROTARY.items() if key != "num_key_value_heads"},
     "OPT": {
         "hidden_size": HIDDEN,
         "word_embed_proj_dim": HIDDEN,
@@ -67,6 +72,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+
 TINY = [
     Tiny("gpt2", "GPT2", "LMHeadModel"),
     Tiny("gpt2-default-width", "GPT2", "LMHeadModel", {"n_inner": None}),
@@ -79,7 +92,23 @@ TINY = [
     Tiny("mistral", "Mistral"),
     Tiny("mistral-tied", "Mistral", settings={"tie_word_embeddings": True, "head_dim": 16}),
     Tiny("mistral-window", "Mistral", settings={"sliding_window": 8}),
+    Tiny("mistral-odd-heads", "Mistral", settings={"num_attention_heads": 6, "head_dim": 8}),
     Tiny("smollm3", "SmolLM3"),
+    Tiny("smollm3-window", "SmolLM3", settings={"use_sliding_window": True, "sliding_window": 8}),
+    Tiny(
+        "granite", "Granite", settings={"residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 3.0}
+    ),
+    Tiny("qwen2", "Qwen2"),
+    Tiny("qwen2-tied-yarn", "Qwen2", settings={"tie_word_embeddings": True, "rope_parameters": YARN_ROPE}),
+    Tiny("qwen2-window", "Qwen2", settings=WINDOW | {"max_window_layers": 0}),
+    Tiny("qwen2-mixed-window", "Qwen2", settings=WINDOW | {"max_window_layers": 1}),
+    Tiny("phi", "Phi"),
+    Tiny("phi-tied-qk-norm", "Phi", settings={"tie_word_embeddings": True, "qk_layernorm": True}),
+    Tiny("starcoder2", "Starcoder2"),
+    Tiny("starcoder2-window-no-bias", "Starcoder2", settings={"use_bias": False, "sliding_window": 8}),
+    Tiny("gpt-neox-parallel", "GPTNeoX"),
+    Tiny("gpt-neox-sequential", "GPTNeoX", settings={"use_parallel_residual": False, "tie_word_embeddings": True}),
+    Tiny("opt-no-bias", "OPT", settings={"enable_bias": False}),
     Tiny("opt", "OPT"),
     Tiny("opt-gelu-untied", "OPT", settings={"activation_function": "gelu", "tie_word_embeddings": False}),
     Tiny("opt-350m", "OPT", settings={"do_layer_norm_before": False, "word_embed_proj_dim": 16}),

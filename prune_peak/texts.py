@@ -1,0 +1,209 @@
+"""Windows of tokens to calibrate and evaluate on: from text files, data sets, or the model's own writing."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from .checkpoint import load_tensors, save_tensors
+from .errors import PrunePeakError, UsageError
+from .source import Source
+
+SAMPLES, SEQUENCE_LENGTH = 48, 512
+SELF = "self"
+OWN_TEXT_BATCH = 32  # windows that are sampled at once
+LONGEST_TEXT = 64 * 2**20  # characters read of a file; far more than any calibration takes
+LONGEST_DATA_SET = 4 * 2**20  # characters read of a data set, from its start
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows to calibrate on, and others of the same text that are kept apart to evaluate on."""
+
+    source: str  # the name of the text
+    calibration: Tensor  # (windows, length) int64
+    held_out: Tensor  # (windows, length)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.calibration.numpy().tobytes()).hexdigest()
+
+
+def held_out_count(samples: int) -> int:
+    """Windows kept apart for the perplexity before and after: a twelfth, one to eight."""
+    return max(1, min(8, samples // 12))
+
+
+def window_length(source: Source, wanted: int) -> int:
+    """The sequence length asked for, capped at the positions that the model has learned."""
+    if wanted < 2:
+        raise UsageError(f"--sequence-length {wanted}: a window needs at least 2 tokens.")
+    return min(wanted, getattr(source.config, "max_position_embeddings", None) or wanted)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the weights."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # every tokenizer class raises its own kinds
+        reason = str(error).strip().splitlines()[0]
+        raise PrunePeakError(f"{source.folder} holds no tokenizer that transformers can load ({reason}).") from None
+    return tokenizer
+
+
+def read_texts(name: str) -> list[str]:
+    """The texts of a `.txt` file (one), a `.jsonl` file (the key `text` of every line), or a Hub data set.
+
+    Raises:
+        PrunePeakError: the file is missing, not text, or not of that form.
+    """
+    path = Path(name)
+    if not path.is_file() and not path.suffix:
+        return _read_data_set(name)
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_TEXT)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunePeakError(f"{name} is not a readable UTF-8 text ({error}).") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    texts = []
+    for number, line in enumerate(text.splitlines()[: None if len(text) < LONGEST_TEXT else -1], start=1):
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            texts.append(None)
+        if not isinstance(texts[-1], str):
+            raise PrunePeakError(f'{name}, line {number}: expected an object with a "text", like {{"text": "..."}}.')
+    return texts
+
+
+def _read_data_set(name: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise PrunePeakError(
+            f"{name} is not a file; to read it as a Hub data set: pip install 'prune-peak[datasets]'."
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        texts, size = [], 0
+        for row in rows:
+            texts.append(row["text"])
+            size += len(row["text"])
+            if size > LONGEST_DATA_SET:
+                break
+    except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise PrunePeakError(
+            f"{name} is neither a file nor a data set with a split `train` and a column `text` ({reason})."
+        ) from None
+    return texts
+
+
+def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """A text as consecutive windows, (windows, length); each begins with BOS if the tokenizer adds one.
+
+    Several texts follow each other, each ended by EOS.
+
+    Raises:
+        PrunePeakError: there is no such text, or it is shorter than one window.
+    """
+    texts = read_texts(name)
+    separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
+    tokens: list[int] = []
+    for text in texts:
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+    start = leading_tokens(tokenizer)
+    body = length - len(start)
+    count = len(tokens) // body
+    if count == 0:
+        raise PrunePeakError(
+            f"{name} holds {len(tokens)} tokens, fewer than one window of {length}. "
+            "Pass a longer text or a smaller --sequence-length."
+        )
+    windows = torch.tensor(tokens[: count * body]).view(count, body)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, len(start)), windows], dim=1)
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that this tokenizer puts before a text (BOS, or nothing)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return list(full[: full.index(bare[0])])
+
+
+def choose_windows(name: str, source: Source, samples: int, length: int, seed: int) -> Windows:
+    """Windows of a text, chosen at random by the seed, with some held out."""
+    windows = tokenize_text(name, load_tokenizer(source), length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    held = min(held_out_count(samples), len(windows) // 4)
+    samples = min(samples, len(windows) - held)
+    return Windows(
+        source=Path(name).name,
+        calibration=windows[order[:samples].sort().values],
+        held_out=windows[order[samples : samples + held].sort().values],
+    )
+
+
+def own_windows(source: Source, samples: int, length: int, seed: int) -> Windows:
+    """The model's own text: sampled at temperature 1 from BOS and a random second token, cached on disk.
+
+    Where a tokenizer has no BOS, EOS begins the text. Every window has its own second token, which is neither special
+    nor vocabulary padding; generation does not stop at EOS, so a window may hold several texts.
+    """
+    held = held_out_count(samples)
+    cached = own_text_cache(source, samples + held, length, seed)
+    if cached.is_file():
+        tokens = load_tensors(cached)[0]["tokens"]
+    else:
+        tokens = sample_own_text(source, samples + held, length, seed)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({"tokens": tokens}, cached)
+        except OSError:
+            pass  # a cache that cannot be written only costs the next run its time
+    return Windows(source="the model's own text", calibration=tokens[:samples], held_out=tokens[samples:])
+
+
+def own_text_cache(source: Source, count: int, length: int, seed: int) -> Path:
+    """Where a model's own text is kept once it is sampled: beside the Hub's cache."""
+    options = {"model": source.digest, "windows": count, "length": length, "seed": seed, "rule": 1}
+    key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
+    return Path(HF_HOME) / "prune-peak" / f"own-text-{key}.safetensors"
+
+
+def sample_own_text(source: Source, count: int, length: int, seed: int) -> Tensor:
+    """Sample windows of a model's own text, (count, length)."""
+    tokenizer = load_tokenizer(source)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise PrunePeakError(f"{source.name}: the tokenizer has neither BOS nor EOS; pass a text with --calibration.")
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor(
+        [token for token in range(min(len(tokenizer), source.config.vocab_size)) if token not in special]
+    )
+    model = source.model_class.from_pretrained(source.folder, dtype=source.dtype).eval()
+    if not model.can_generate():
+        raise PrunePeakError(
+            f"{source.name} is a {source.model_class.__name__}, which generates no text; pass one with --calibration."
+        )
+    # In place of the model's own settings: plain sampling, and no EOS to stop at
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, max_length=length
+    )
+    windows = []
+    with torch.random.fork_rng(devices=[]), tqdm(total=count, desc="own text", unit="window") as bar:
+        torch.manual_seed(seed)
+        for part in torch.empty(count, 1).split(OWN_TEXT_BATCH):
+            second = ordinary[torch.randint(len(ordinary), part.shape)]
+            prompt = torch.cat([torch.full_like(second, first), second], dim=1)
+            windows.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)))
+            bar.update(len(part))
+    return torch.cat(windows)
