@@ -5,6 +5,8 @@ positions differ by block in some families). Then each block in turn gets its we
 its memory back. The numbers are those of the whole forward, bit for bit.
 """
 
+import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +145,15 @@ class BlockStream:
         finally:
             for owner, leaf, value in blank:
                 owner._parameters[leaf] = value
+            _return_memory()
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system; glibc keeps what lies between tensors that live, gigabytes in the end."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent where libc is another
+        if trim is not None:
+            trim(0)
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:

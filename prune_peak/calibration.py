@@ -83,20 +83,15 @@ class Statistics:
     options: Mapping[str, Any]  # of the calibration, as the recipe tells them
 
     def save(self, path: Path, source: Source) -> None:
-        """Write one safetensors file: `<site>.<field>` for every site, the held-out windows, and where it comes from.
+        """Write one safetensors file: `<site>/<field>` for every site, the windows, and where it all comes from.
 
         Raises:
             PrunePeakError: the file cannot be written.
         """
-        tensors = {
-            f"{site}/{name}": value for site, stats in self.stats.items() for name, value in stats.to_tensors().items()
-        }
-        about = {
-            "model": source.digest,
-            "text": self.windows.source,
-            "calibration_digest": self.windows.digest,
-            "options": dict(self.options),
-        }
+        tensors = {"calibration": self.windows.calibration, "held_out": self.windows.held_out}
+        for site, stats in self.stats.items():
+            tensors |= {f"{site}/{name}": value for name, value in stats.to_tensors().items()}
+        about = {"model": source.digest, "text": self.windows.source, "options": dict(self.options)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, path, {STATISTICS: json.dumps(about, sort_keys=True)})

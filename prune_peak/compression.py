@@ -154,12 +154,15 @@ def compress(
                 f"the compressed model does not compute what it should, so it was not kept: {'; '.join(failed)}."
             )
         _write_json(partial / RECIPE_FILE, recipe | {"verification": verification.checks})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
     except PrunePeakError:
         shutil.rmtree(partial)
         raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise PrunePeakError(f"{folder} could not be written ({error}). Nothing of it was kept.") from None
     return Compression(
         output=folder,
         model_class=target.model_class.__name__,

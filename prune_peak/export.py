@@ -88,6 +88,7 @@ class Export:
             self._writer.write(name, tensor.to(self.layout[name][1]))
         self._plan[f"{site.name}.keep"] = choice.keep
         self._plan[f"{site.name}.fill"] = choice.fill
+        self.source.checkpoint.release()
 
     def finish(self) -> dict[str, str]:
         """Write the rest, the config, the plan and the side files; returns the digests of all tensors."""

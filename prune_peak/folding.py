@@ -8,6 +8,7 @@ The constant the paper proposes is the most frequent value, the peak (arXiv 2408
 in Attention Heads: The Case for Peak Activation Centering").
 """
 
+import torch
 from torch import Tensor
 
 
@@ -29,10 +30,10 @@ def fold(weight: Tensor, bias: Tensor | None, fill: Tensor, keep: Tensor) -> Ten
         >>> fold(weight, torch.tensor([0.5]), fill=torch.tensor([9.0, 9.0, 0.1]), keep=torch.tensor([0, 1]))
         tensor([0.8000])
     """
-    constant = fill.float().clone()
-    constant[keep] = 0
+    is_cut = torch.ones(len(fill), dtype=torch.bool)
+    is_cut[keep] = False
     # float64 inside: the sum runs over thousands of neurons and is cast once
-    folded = weight.double() @ constant.double()
+    folded = weight[:, is_cut].double() @ fill[is_cut].double()
     if bias is not None:
         folded += bias.double()
     return folded.float()

@@ -177,7 +177,8 @@ def _time_block(source: Source, length: int, dtype: torch.dtype) -> tuple[float,
     began = time.perf_counter()
     next(iter(calibrate(source, [site], batches, dtype)))
     observed = time.perf_counter() - began
-    step = next(iter(BlockStream(source, batches, dtype).steps()))
+    steps = BlockStream(source, batches, dtype).steps()  # named, for its weights leave with it
+    step = next(steps)
     began = time.perf_counter()
     for _ in step.run():
         pass

@@ -87,7 +87,8 @@ def score_weight_norm(summary: Summary, fill: Tensor, weight: Tensor) -> Tensor:
 
 
 def _norms(weight: Tensor) -> Tensor:
-    return weight.double().square().sum(0)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+    return norms.double().square()
 
 
 # name: (summary, fill (neurons,), weight (hidden, neurons)) -> (neurons,), the higher the more worth keeping

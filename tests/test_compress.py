@@ -244,3 +244,55 @@ def test_the_module_is_the_program() -> None:
 def test_every_command_has_help_and_an_example() -> None:
     for name in main.commands:
         assert f"prune-peak {name}" in run(name, "--help").output
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+from prune_peak.cli import main
+main(sys.argv[2:])
+"""
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, text: Path) -> None:
+    """A limit on the size of files stands in for the disk: writing stops in the middle of the weights."""
+    words = ["compress", "--model", EXAMPLES / "opt-mini", "--ratio", 0.3, "--output", tmp_path / "cut"]
+    words += ["--calibration", text, "--samples", 4, "-q"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "1000000", *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert "could not be written" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_disk_that_is_too_small_is_seen_before_work(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    result = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--samples", 4)
+    assert result.exit_code == 1
+    assert "0.00 GB free" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_run_that_was_killed_is_not_mistaken_for_a_result(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "cut.partial").mkdir()
+    result = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--samples", 4)
+    assert result.exit_code == 1
+    assert "did not end" in result.stderr
+    assert compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--samples", 4, "--force").exit_code == 0
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_the_chat_template_travels(tmp_path: Path, text: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(EXAMPLES / "llama-mini", source)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert compress(source, tmp_path / "cut", text, "--samples", 4).exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cut")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"

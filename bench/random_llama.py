@@ -1,0 +1,47 @@
+"""A random Llama of 1.3 billion parameters in bfloat16 (2.7 GB on disk): `python bench/random_llama.py FOLDER`.
+
+For measuring memory and time, not quality. Written tensor by tensor, so that making it needs little memory itself. The
+tokenizer is that of `examples/llama-mini`.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prune_peak.checkpoint import Writer
+from prune_peak.export import write_config
+from prune_peak.source import build_blank
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "llama-mini"
+
+
+def write_random_llama(folder: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        vocab_size=32000,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    state = build_blank(LlamaForCausalLM, config).state_dict()
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    with Writer(folder, {name: (tuple(empty.shape), torch.bfloat16) for name, empty in state.items()}) as writer:
+        for name, empty in state.items():
+            scale = 1.0 if name.endswith("norm.weight") else 0.02
+            writer.write(name, (torch.randn(empty.shape, generator=generator) * scale).bfloat16())
+        writer.finish()
+    write_config(config, folder / "config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    write_random_llama(Path(sys.argv[1]))

@@ -1,0 +1,147 @@
+"""Statistics that are kept, merged, and used again; and the texts they are taken over."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES
+from safetensors.torch import load_file, save_file
+from test_compress import compress, digests, run
+from tiny import VOCABULARY
+
+from prune_peak.errors import PrunePeakError
+from prune_peak.source import open_source
+from prune_peak.stats import Stats
+from prune_peak.texts import leading_tokens, load_tokenizer, own_windows, read_texts, tokenize_text
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_statistics_from_a_file_give_what_a_direct_run_gives(ratio: float, tmp_path: Path, text: Path) -> None:
+    model, stats = EXAMPLES / "llama-mini", tmp_path / "kept.stats"
+    result = run(
+        "calibrate", "--model", model, "--output", stats, "--calibration", text, "--samples", 8, "-q", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tokens"] == 8 * 128
+    common = ("compress", "--model", model, "--ratio", ratio, "--no-refit", "-q")
+    direct = run(*common, "--output", tmp_path / "direct", "--calibration", text, "--samples", 8)
+    kept = run(*common, "--output", tmp_path / "kept", "--stats", stats)
+    assert direct.exit_code == kept.exit_code == 0, direct.output + kept.output
+    assert digests(tmp_path / "direct") == digests(tmp_path / "kept")
+
+
+def test_statistics_of_another_model_are_refused(tmp_path: Path, text: Path) -> None:
+    stats = tmp_path / "kept.stats"
+    made = run("calibrate", "--model", EXAMPLES / "opt-mini", "--output", stats, "--calibration", text, "--samples", 4)
+    assert made.exit_code == 0, made.output
+    again = run("calibrate", "--model", EXAMPLES / "opt-mini", "--output", stats, "--calibration", text)
+    assert "--force" in again.stderr
+    result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--stats", stats)
+    assert result.exit_code == 1
+    assert "statistics of another model" in result.stderr
+
+
+def test_files_that_hold_no_statistics_are_refused(tmp_path: Path, text: Path) -> None:
+    bad = tmp_path / "bad.stats"
+    for spoil in ("missing", "text", "other"):
+        if spoil == "text":
+            bad.write_text("not statistics")
+        elif spoil == "other":
+            save_file({"a": torch.ones(1)}, bad)
+        result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--stats", bad)
+        assert result.exit_code == 1, spoil
+        assert result.stderr.startswith("Error: ")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_merged_shards_give_the_same_counts() -> None:
+    values = torch.randn(6, 1024, 16)
+    whole = Stats(16, 6 * 1024)
+    for part in values:
+        whole.add(part)
+    first = Stats(16, 6 * 1024)
+    first.add(values[0])
+    second = first.alike()
+    for part in values[1:3]:
+        first.add(part)
+    for part in values[3:]:
+        second.add(part)
+    restored = Stats.from_tensors(second.to_tensors())
+    first.merge(restored)
+    for name in ("histogram", "repeats"):
+        assert torch.equal(getattr(first, name), getattr(whole, name))
+    assert (first.count, first.sampled) == (whole.count, whole.sampled)
+    assert torch.allclose(first.sum, whole.sum, rtol=1e-12)
+    assert torch.equal(first.summarize().peak, whole.summarize().peak)
+
+
+def test_other_edges_do_not_merge() -> None:
+    first, second = Stats(4, 100), Stats(4, 100)
+    first.add(torch.randn(100, 4))
+    second.add(torch.randn(100, 4))
+    with pytest.raises(ValueError, match="same edges"):
+        first.merge(second)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one two"}\n{"text": "three", "other": 1}\n')
+    assert read_texts(str(path)) == ["one two", "three"]
+    tokenizer = load_tokenizer(open_source(str(EXAMPLES / "opt-mini")))
+    tokens = tokenize_text(str(path), tokenizer, 2).flatten().tolist()
+    ends = [number for number, token in enumerate(tokens) if token == tokenizer.eos_token_id]
+    assert len(ends) >= 1
+    assert tokens[: ends[0]] == tokenizer("one two")["input_ids"]
+
+
+@pytest.mark.parametrize("line", ["no json", '{"txt": "a"}', '{"text": 3}', "[1]"])
+def test_json_lines_of_another_form_are_refused(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(PrunePeakError, match="line 2"):
+        read_texts(str(path))
+
+
+def test_a_data_set_is_read_where_the_extra_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_texts(str(folder)) == ["one", "two"]
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_adds_one(tmp_path: Path, text: Path) -> None:
+    tokenizer = load_tokenizer(open_source(str(EXAMPLES / "llama-mini")))
+    assert leading_tokens(tokenizer) == []
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    assert leading_tokens(tokenizer) == [0]
+    windows = tokenize_text(str(text), tokenizer, 32)
+    assert windows.shape[1] == 32
+    assert bool((windows[:, 0] == 0).all())
+
+
+def test_own_text_begins_with_bos_and_an_ordinary_token() -> None:
+    source = open_source(str(EXAMPLES / "llama-mini"))
+    windows = own_windows(source, 12, 16, seed=3)
+    assert windows.calibration.shape == (12, 16)
+    assert windows.held_out.shape == (1, 16)
+    assert bool((windows.calibration[:, 0] == 0).all())
+    assert bool((windows.calibration[:, 1] > 1).all())  # neither BOS nor padding
+    assert len(set(windows.calibration[:, 1].tolist())) > 6
+    assert not torch.equal(windows.calibration, own_windows(source, 12, 16, seed=4).calibration)
+    assert VOCABULARY < 1024
+
+
+@pytest.mark.parametrize("score", ["deviation", "activation-norm", "variance", "weight-norm", "random"])
+def test_every_score_cuts_its_own_neurons(score: str, tmp_path: Path, text: Path) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        words = ("--samples", 8, "--score", score, "--fill", "mean", "--seed", seed)
+        result = compress(EXAMPLES / "llama-mini", tmp_path / name, text, *words)
+        assert result.exit_code == 0, result.output
+    keeps = [load_file(tmp_path / name / "prune_peak_plan.safetensors") for name in ("one", "two")]
+    site = "model.layers.1.mlp.down_proj.keep"
+    shared = len(set(keeps[0][site].tolist()) & set(keeps[1][site].tolist())) / len(keeps[0][site])
+    assert (shared > 0.9) == (score != "random")

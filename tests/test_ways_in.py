@@ -1,0 +1,125 @@
+"""Every way a checkpoint may lie on disk gives the same compressed tensors."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_law import cut_tiny, load, outputs
+from tiny import BY_NAME, TINY, Tiny
+
+from prune_peak.errors import PrunePeakError
+from prune_peak.source import open_source
+
+
+def save_legacy(tiny: Tiny, folder: Path, shards: int = 1, zipped: bool = True, base: bool = False) -> Path:
+    """As releases before safetensors saved: twins included, in one `.bin` or several."""
+    model = tiny.build()
+    model = model.base_model if base else model
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    state = model.state_dict()
+    names = list(state)
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        return folder
+    weight_map = {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        part = {name: state[name] for name in names[number::shards]}
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+WAYS = {
+    "safetensors, sharded": lambda tiny, folder: tiny.save(folder, max_shard_size="20KB"),
+    "bin": lambda tiny, folder: save_legacy(tiny, folder),
+    "bin, before zip": lambda tiny, folder: save_legacy(tiny, folder, zipped=False),
+    "bin, sharded": lambda tiny, folder: save_legacy(tiny, folder, shards=3),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_every_way_in_gives_the_same_tensors(tiny: Tiny, way: str, tmp_path: Path) -> None:
+    cuts = []
+    for name, save in (("plain", Tiny.save), ("other", WAYS[way])):
+        torch.manual_seed(0)
+        cut_tiny(save(tiny, tmp_path / name), tmp_path / f"{name}-cut", "mean")
+        cuts.append(load_file(tmp_path / f"{name}-cut" / "model.safetensors"))
+    assert cuts[0].keys() == cuts[1].keys()
+    assert all(torch.equal(cuts[0][name], cuts[1][name]) for name in cuts[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2", "gpt-neox-parallel"])
+def test_a_base_class_in_a_bin(name: str, tmp_path: Path) -> None:
+    cut_tiny(save_legacy(BY_NAME[name], tmp_path / "source", base=True), tmp_path / "cut", "mean")
+    assert load(tmp_path / "cut", "Model").num_parameters() > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt-350m", "llama-tied"])
+def test_names_without_the_prefix(name: str, tmp_path: Path) -> None:
+    """A class with a head whose file holds the names of its body, as old uploads do."""
+    tiny = BY_NAME[name]
+    expected = outputs(tiny.build())
+    folder = save_legacy(tiny, tmp_path / "source")
+    prefix = tiny.build().base_model_prefix + "."
+    state = torch.load(folder / "pytorch_model.bin")
+    torch.save({key.removeprefix(prefix): value for key, value in state.items()}, folder / "pytorch_model.bin")
+    source = open_source(str(folder))
+    for key, value in tiny.build().state_dict().items():
+        assert torch.equal(source.read(key), value)
+    cut_tiny(folder, tmp_path / "cut", "mean")
+    assert outputs(load(tmp_path / "cut", tiny.head)).logits["prefill"].shape == expected.logits["prefill"].shape
+
+
+class Payload:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return Path.touch, (Path("payload-ran"),)
+
+
+def test_a_pickle_with_a_payload_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save_legacy(BY_NAME["opt"], tmp_path / "source")
+    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        save({"model.decoder.embed_tokens.weight": Payload()}, folder / "pytorch_model.bin")
+        with pytest.raises(PrunePeakError, match="a pickle can run code"):
+            open_source(str(folder))
+    assert not (tmp_path / "payload-ran").exists()
+
+
+def test_a_bin_that_holds_more_than_tensors_is_refused(tmp_path: Path) -> None:
+    folder = save_legacy(BY_NAME["opt"], tmp_path / "source")
+    torch.save({"model": {"weight": torch.ones(1)}, "step": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(PrunePeakError, match="more than named tensors"):
+        open_source(str(folder))
+
+
+REFUSED = {
+    "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder-decoder"),
+    "mixture of experts": ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
+    "multimodal": ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "a multimodal wrapper"),
+    "remote code": ({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
+    "quantized": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "a quantized checkpoint"),
+    "unknown": ({"model_type": "bloom"}, "is not supported. Supported: gpt2, gpt_neox, granite"),
+    "no type": ({}, "is not supported"),
+    "width of words": ({"model_type": "llama", "hidden_size": "wide"}, "not a valid llama config"),
+    "negative width": ({"model_type": "llama", "hidden_size": -64}, "not a valid llama config"),
+    "no blocks": ({"model_type": "llama", "num_hidden_layers": 0}, "expected 1 to 1000"),
+    "blocks of words": ({"model_type": "opt", "num_hidden_layers": "many"}, "expected 1 to 1000"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_cut_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    config, words = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('remote code ran')")
+    with pytest.raises(PrunePeakError, match=words):
+        open_source(str(tmp_path))
