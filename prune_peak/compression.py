@@ -30,9 +30,8 @@ from .texts import (
     SEQUENCE_LENGTH,
     Windows,
     choose_windows,
-    load_tokenizer,
     own_windows,
-    tokenize_text,
+    read_windows,
     window_length,
 )
 
@@ -122,7 +121,7 @@ def compress(
     target = choose_target(source, kept, source.dtype)
     layout = lay_out(source, sites, target)
     measured = None if stats is None else _measured_before(Path(stats), source, sites)
-    scored = None if evaluate is None else _read_evaluation(source, str(evaluate), sequence_length)
+    scored = _find_scored(source, evaluate, sequence_length)
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{ratio}")
     partial = _prepare_output(folder, force, layout)
     try:
@@ -227,6 +226,8 @@ def measure(
     seed: int = 0,
 ) -> Measured:
     """Find the windows of a calibration, and be ready to measure on them."""
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     length = window_length(source, sequence_length)
     if calibration == SELF:
         windows = own_windows(source, samples, length, seed)
@@ -256,8 +257,15 @@ def _check_samples(samples: int) -> None:
         raise UsageError(f"--samples {samples}: expected at least one window.")
 
 
-def _read_evaluation(source: Source, text: str, sequence_length: int) -> Tensor:
-    return tokenize_text(text, load_tokenizer(source), window_length(source, sequence_length))[:EVALUATED]
+def _find_scored(source: Source, evaluate: str | Path | None, sequence_length: int) -> Tensor | None:
+    """The windows of an --evaluate text; None where held-out windows do; none at all where there is no perplexity."""
+    if source.blank.can_generate():
+        if evaluate is None:
+            return None
+        return read_windows(str(evaluate), source, window_length(source, sequence_length))[:EVALUATED]
+    if evaluate is not None:
+        raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
+    return torch.empty(0, 0)
 
 
 def _prepare_output(folder: Path, force: bool, layout: Layout) -> Path:

@@ -139,9 +139,21 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(full[: full.index(bare[0])])
 
 
+def read_windows(name: str, source: Source, length: int) -> Tensor:
+    """`tokenize_text` with the model's own tokenizer, checked against its vocabulary."""
+    windows = tokenize_text(name, load_tokenizer(source), length)
+    highest, vocabulary = int(windows.max()), source.config.vocab_size
+    if highest >= vocabulary:
+        raise PrunePeakError(
+            f"the tokenizer of {source.name} gives the token {highest}, but the model knows {vocabulary}. "
+            "The two do not belong together."
+        )
+    return windows
+
+
 def choose_windows(name: str, source: Source, samples: int, length: int, seed: int) -> Windows:
     """Windows of a text, chosen at random by the seed, with some held out."""
-    windows = tokenize_text(name, load_tokenizer(source), length)
+    windows = read_windows(name, source, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     held = min(held_out_count(samples), len(windows) // 4)
     samples = min(samples, len(windows) - held)

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import EXAMPLES
 from safetensors.torch import load_file, save_file
-from tiny import BY_NAME
+from tiny import BY_NAME, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
@@ -296,3 +296,27 @@ def test_the_chat_template_travels(tmp_path: Path, text: Path) -> None:
     assert compress(source, tmp_path / "cut", text, "--samples", 4).exit_code == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cut")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+
+
+@pytest.mark.parametrize(("name", "head"), [("llama-tied", "Model"), ("llama-tied", "ForSequenceClassification")])
+def test_models_without_a_language_head(name: str, head: str, tmp_path: Path, text: Path) -> None:
+    tiny = BY_NAME[name]
+    source = Tiny(name, tiny.family, head, {"vocab_size": 1024}).save(tmp_path / "source")
+    AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
+    result = compress(source, tmp_path / "cut", text, "--samples", 4, "--fill", "mean")
+    assert result.exit_code == 0, result.output
+    assert "same function in float32, prefill 1" in (tmp_path / "cut" / "prune_peak.json").read_text()
+    assert "perplexity" not in result.stdout
+    evaluated = compress(source, tmp_path / "other", text, "--samples", 4, "--evaluate", text)
+    assert "predicts no text" in evaluated.stderr
+    own = run("compress", "--model", source, "--ratio", 0.3, "--output", tmp_path / "other")
+    assert "generates no text; pass one with --calibration" in own.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "cut", "text.txt"}
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path) -> None:
+    source = BY_NAME["opt"].save(tmp_path / "source")
+    AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
+    result = compress(source, tmp_path / "cut", text, "--samples", 4)
+    assert result.exit_code == 1
+    assert "The two do not belong together" in result.stderr
