@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a model's folder")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--refit", action="store_true", help="with the products of neurons that the refit needs")
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
 
@@ -47,7 +48,7 @@ def main() -> None:
             body(**batch, use_cache=False)
 
     def ours() -> None:
-        for _ in calibrate(source, sites, batches, source.dtype):
+        for _ in calibrate(source, sites, batches, source.dtype, options.refit):
             pass
 
     body(**batches[0])  # warm-up
@@ -59,6 +60,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bare forward, s": [round(first, 2) for first, _ in pairs],
+        "refit": options.refit,
         "peaks and moments, s": [round(second, 2) for _, second in pairs],
         "ratio": round(statistics.median(second / first for first, second in pairs), 3),
     }

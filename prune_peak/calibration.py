@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .blocks import Batch, BlockStream
 from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError
+from .refit import HELD_OUT, Gram
 from .sites import Site
 from .source import Source
 from .stats import Stats
@@ -44,9 +45,18 @@ def observing(reader: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None
         handle.remove()
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What was seen of one site."""
+
+    site: Site
+    stats: Stats
+    grams: tuple[Gram, Gram] | None = None  # over most tokens, and over those held out
+
+
 def calibrate(
-    source: Source, sites: Sequence[Site], batches: Sequence[Batch], dtype: torch.dtype
-) -> Iterator[tuple[Site, Stats]]:
+    source: Source, sites: Sequence[Site], batches: Sequence[Batch], dtype: torch.dtype, with_grams: bool = False
+) -> Iterator[Observed]:
     """Statistics of every site over the batches, one block at a time; padding is not counted."""
     masks = [batch.get("attention_mask") for batch in batches]
     tokens = sum(
@@ -57,11 +67,18 @@ def calibrate(
     for step in tqdm(stream.steps(), total=len(sites), desc="calibrate", unit="block"):
         site = sites[step.index]
         stats = Stats(site.neurons, tokens)
+        grams: list[Gram] = []
         mask: Tensor | None = None
 
         def see(neurons: Tensor) -> None:
             flat = neurons.reshape(-1, site.neurons)  # noqa: B023
-            stats.add(flat if mask is None else flat[mask.bool().view(-1)])  # noqa: B023
+            flat = flat if mask is None else flat[mask.bool().view(-1)]  # noqa: B023
+            stats.add(flat)  # noqa: B023
+            if with_grams:
+                grams[:] = grams or [Gram(stats.pivot), Gram(stats.pivot)]  # noqa: B023
+                border = len(flat) * (HELD_OUT - 1) // HELD_OUT
+                grams[0].add(flat[:border])  # noqa: B023
+                grams[1].add(flat[border:])  # noqa: B023
 
         with observing(stream.model.get_submodule(site.name), see):
             for number in step.run():
@@ -71,7 +88,7 @@ def calibrate(
                 f"block {site.block} of {source.name} gives activations that are not finite in {dtype}. "
                 "Try --dtype float32, or check the checkpoint."
             )
-        yield site, stats
+        yield Observed(site, stats, (grams[0], grams[1]) if with_grams else None)
 
 
 @dataclass(frozen=True)

@@ -118,15 +118,15 @@ def main() -> None:
 )
 @click.option(
     "--score",
-    type=click.Choice(["deviation", "activation-norm", "variance", "weight-norm", "random"]),
-    default="deviation",
-    show_default=True,
-    help="What ranks the neurons; deviation is the error that the fill leaves.",
+    type=click.Choice(["elimination", "deviation", "activation-norm", "variance", "weight-norm", "random"]),
+    help="What ranks the neurons: the error left after the refit (elimination), or after the fill (deviation), ...  "
+    "[default: elimination; deviation with --no-refit]",
 )
 @click.option(
-    "--no-refit",
-    is_flag=True,
-    help="Fold the constant only. All that this version does; accepted so that scripts last.",
+    "--refit/--no-refit",
+    default=True,
+    show_default=True,
+    help="Let the kept weights take over, by least squares, what the cut neurons did; or fold the constant only.",
 )
 @calibration_options
 @click.option(
@@ -145,7 +145,7 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would happen, what it would take, and stop.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @talk_options
-def compress(as_json: bool, quiet: bool, no_refit: bool, dry_run: bool, **options: Any) -> None:
+def compress(as_json: bool, quiet: bool, dry_run: bool, **options: Any) -> None:
     """Cut MLP neurons, fold their peaks, and write a smaller checkpoint that stock transformers loads.
 
     \b
@@ -297,8 +297,8 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
 def _print_estimate(options: dict[str, Any], as_json: bool) -> None:
     from .inspection import estimate
 
-    names = ("model", "ratio", "multiple_of", "revision", "calibration", "samples", "sequence_length", "dtype", "seed")
-    inspection, cost = estimate(**{name: options[name] for name in names})
+    unused = ("output", "fill", "score", "stats", "evaluate", "force")
+    inspection, cost = estimate(**{name: value for name, value in options.items() if name not in unused})
     if as_json:
         click.echo(json.dumps(inspection.to_json() | cost.to_json(), indent=2))
         return

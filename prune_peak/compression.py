@@ -15,15 +15,15 @@ import transformers
 from torch import Tensor
 
 from . import __version__
-from .calibration import Statistics, calibrate, default_dtype, into_batches, load_statistics
+from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Perplexity, Verification, measure_perplexity, verify
 from .export import RECIPE_FILE, Export, Layout, lay_out
 from .hosts import Target, choose_target
-from .selection import FILLS, RANDOM, SCORES, kept_width, select
+from .refit import ELIMINATION, Refit, eliminate, refit_best
+from .selection import FILLS, RANDOM, SCORES, Choice, choose_fill, kept_width, select
 from .sites import Site, find_sites
 from .source import Source, open_source
-from .stats import Stats
 from .texts import (
     SAMPLES,
     SELF,
@@ -74,7 +74,8 @@ def compress(
     output: str | Path | None = None,
     *,
     fill: str = "peak",
-    score: str = "deviation",
+    refit: bool = True,
+    score: str | None = None,
     calibration: str = SELF,
     samples: int = SAMPLES,
     sequence_length: int = SEQUENCE_LENGTH,
@@ -93,7 +94,9 @@ def compress(
         ratio: the share of the neurons to cut at every block.
         output: the folder to write; `./<name>-peak-<ratio>` by default.
         fill: the constant a cut neuron is held at: peak, mean, median or zero.
-        score: what ranks the neurons: deviation (about the fill), activation-norm, variance, weight-norm or random.
+        refit: let the kept columns and the bias take over, by least squares, what the cut neurons did.
+        score: what ranks the neurons: elimination (needs the refit, and is its default), deviation (about the fill; the
+            default without), activation-norm, variance, weight-norm or random.
         calibration: a .txt or .jsonl file, a Hub data set, or "self" for text that the model writes itself.
         samples, sequence_length: windows of calibration, and their tokens.
         stats: a file that `calibrate` wrote, in place of a calibration.
@@ -113,8 +116,13 @@ def compress(
     if fill not in FILLS:
         raise UsageError(f"--fill {fill}: expected one of {', '.join(FILLS)}.")
     _check_samples(samples)
-    if score not in (*SCORES, RANDOM):
-        raise UsageError(f"--score {score}: expected one of {', '.join((*SCORES, RANDOM))}.")
+    score = score or (ELIMINATION if refit else "deviation")
+    if score not in (*SCORES, RANDOM, ELIMINATION):
+        raise UsageError(f"--score {score}: expected one of {', '.join((*SCORES, RANDOM, ELIMINATION))}.")
+    if score == ELIMINATION and not refit:
+        raise UsageError(f"--score {ELIMINATION} reckons with the refit; leave out --no-refit or choose another score.")
+    if stats is not None and refit:
+        raise UsageError("--stats holds no products of neurons, which the refit needs; add --no-refit.")
     source = open_source(model, revision)
     sites = find_sites(source.blank, source.family)
     kept = kept_width(sites[0].neurons, ratio, multiple_of)
@@ -125,12 +133,15 @@ def compress(
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{ratio}")
     partial = _prepare_output(folder, force, layout)
     try:
+        refits: dict[str, dict[str, Any]] = {}
         if measured is None:
-            measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed)
+            measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed, with_grams=refit)
         with Export(source, target, layout, partial) as export:
-            for site, values in measured.sites:
-                weight = site.as_matrix(source.read(site.weight))
-                export.write_site(site, select(values.summarize(), weight, kept, fill, score, seed + site.block))
+            for observed in measured.sites:
+                choice, fitted = _choose(source, observed, kept, fill, score, seed)
+                export.write_site(observed.site, choice)
+                if fitted is not None:
+                    refits[observed.site.name] = asdict(fitted)
             digests = export.finish()
         text = f"held-out windows of {measured.windows.source}" if evaluate is None else Path(evaluate).name
         scored = measured.windows.held_out if scored is None else scored
@@ -138,11 +149,12 @@ def compress(
         compute = DTYPES[measured.options["dtype"]]
         before = measure_perplexity(source, scored, text, compute) if len(scored) else None
         after = measure_perplexity(written, scored, text, compute) if len(scored) else None
-        choices = {"ratio": ratio, "fill": fill, "score": score, "multiple_of": multiple_of, "refit": False}
+        choices = {"ratio": ratio, "fill": fill, "score": score, "multiple_of": multiple_of, "refit": refit}
         recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
             "before": asdict(_measure_size(source)),
             "after": asdict(_measure_size(written)),
             "perplexity": {"before": before and asdict(before), "after": after and asdict(after)},
+            "refits": refits,
             "tensors": digests,
         }
         _write_json(partial / RECIPE_FILE, recipe)
@@ -202,7 +214,8 @@ def save_statistics(
     source = open_source(model, revision)
     sites = find_sites(source.blank, source.family)
     measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed)
-    statistics = Statistics({site.name: stats for site, stats in measured.sites}, measured.windows, measured.options)
+    stats = {observed.site.name: observed.stats for observed in measured.sites}
+    statistics = Statistics(stats, measured.windows, measured.options)
     statistics.save(path, source)
     return statistics
 
@@ -213,7 +226,7 @@ class Measured:
 
     windows: Windows
     options: Mapping[str, Any]
-    sites: Iterable[tuple[Site, Stats]]
+    sites: Iterable[Observed]
 
 
 def measure(
@@ -224,6 +237,7 @@ def measure(
     sequence_length: int = SEQUENCE_LENGTH,
     dtype: str | None = None,
     seed: int = 0,
+    with_grams: bool = False,
 ) -> Measured:
     """Find the windows of a calibration, and be ready to measure on them."""
     if dtype not in (None, *DTYPES):
@@ -244,12 +258,31 @@ def measure(
         "seed": seed,
     }
     batches = into_batches(windows.calibration)
-    return Measured(windows, options, calibrate(source, sites, batches, DTYPES[options["dtype"]]))
+    return Measured(windows, options, calibrate(source, sites, batches, DTYPES[options["dtype"]], with_grams))
+
+
+def _choose(
+    source: Source, observed: Observed, kept: int, fill: str, score: str, seed: int
+) -> tuple[Choice, Refit | None]:
+    """What stays of a site, refitted where its Gram matrices were taken."""
+    site, summary = observed.site, observed.stats.summarize()
+    weight = site.as_matrix(source.read(site.weight))
+    if score == ELIMINATION and observed.grams is not None:
+        fitted, held_out = observed.grams
+        keep = eliminate(weight, fitted.merged(held_out).covariance(), kept)
+        choice = Choice(keep, choose_fill(summary, fill))
+    else:
+        choice = select(summary, weight, kept, fill, score, seed + site.block)
+    if observed.grams is None:
+        return choice, None
+    bias = source.read(site.bias) if site.bias in source.names else None
+    return refit_best(weight, bias, choice, *observed.grams)
 
 
 def _measured_before(path: Path, source: Source, sites: Sequence[Site]) -> Measured:
     statistics = load_statistics(path, source, sites)
-    return Measured(statistics.windows, statistics.options, [(site, statistics.stats[site.name]) for site in sites])
+    observed = [Observed(site, statistics.stats[site.name]) for site in sites]
+    return Measured(statistics.windows, statistics.options, observed)
 
 
 def _check_samples(samples: int) -> None:

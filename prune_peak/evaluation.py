@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ def verify(folder: Path, original: Source | None = None) -> Verification:
         plan = read_plan(folder)
         sites = find_sites(original.blank, original.family)
         _check_plan(sites, plan, original)
+        if recipe["options"]["refit"]:
+            plan = _with_refits(plan, sites, open_source(str(folder)))
         _check_tensors(result, folder, original, sites, plan)
         _check_outputs(result, folder, original, sites, plan)
     return result
@@ -114,8 +116,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe of a folder that prune-peak wrote."""
     try:
         recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-        if not isinstance(recipe["tensors"], dict):
-            raise TypeError("tensors")
+        if not isinstance(recipe["tensors"], dict) or not isinstance(recipe["options"]["refit"], bool):
+            raise TypeError("tensors and options.refit")
     except (OSError, ValueError, KeyError, TypeError):
         raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
     return dict(recipe)
@@ -130,6 +132,18 @@ def read_plan(folder: Path) -> dict[str, Choice]:
             f"{folder / PLAN_FILE} is not a plan: expected <site>.keep and <site>.fill for every site."
         )
     return {name: Choice(tensors[f"{name}.keep"], tensors[f"{name}.fill"]) for name in names}
+
+
+def _with_refits(plan: Mapping[str, Choice], sites: Sequence[Site], written: Source) -> dict[str, Choice]:
+    """The plan with the refitted readers, which only the written folder knows."""
+    return {
+        site.name: replace(
+            plan[site.name],
+            weight=site.as_matrix(written.read(site.weight)).float(),
+            bias=written.read(site.bias).float(),
+        )
+        for site in sites
+    }
 
 
 def _check_plan(sites: Sequence[Site], plan: Mapping[str, Choice], original: Source) -> None:

@@ -108,9 +108,14 @@ class Export:
 
 
 def cut_site(source: Source, site: Site, choice: Choice) -> dict[str, Tensor]:
-    """The tensors of a site as the plan changes them: rows and columns gone, constants in the bias (float32)."""
+    """The tensors of a site as the plan changes them: rows and columns gone, constants in the bias (float32).
+
+    A refitted reader is taken as it is.
+    """
     tensors = {name: cut(source.read(name), choice.keep, axis) for name, axis in site.cuts.items()}
     weight = site.as_matrix(source.read(site.weight))
+    if choice.weight is not None and choice.bias is not None:
+        return tensors | {site.weight: site.as_matrix(choice.weight), site.bias: choice.bias}
     bias = source.read(site.bias) if site.bias in source.names else None
     tensors[site.bias] = fold(weight, bias, choice.fill, choice.keep)
     return tensors

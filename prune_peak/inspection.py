@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .blocks import BlockStream
 from .calibration import BATCH_TOKENS, calibrate, default_dtype, into_batches
-from .evaluation import WHOLE_SIZE
+from .evaluation import DECODED, PROBES, WHOLE_SIZE
 from .hosts import ENGINES, choose_target
 from .selection import kept_width, unit
 from .sites import find_blocks, find_sites
@@ -33,6 +33,7 @@ RATIO = 0.3  # what `inspect` reckons with where none is given
 # What `estimate` adds to what it times
 START_SECONDS = 10.0  # imports, digests, loading
 VERIFIED_TOKENS = 5000  # verification, as tokens of a forward
+PROBED_TOKENS = PROBES * (96 + 48 + DECODED)  # whose logits verification holds
 BASE_MEMORY = 500_000_000  # bytes of a process that has imported torch and transformers
 SHORT_SAMPLE, LONGER_SAMPLE = 4, 20  # tokens
 
@@ -130,6 +131,7 @@ def estimate(
     model: str,
     ratio: float,
     *,
+    refit: bool = True,
     multiple_of: int | None = None,
     revision: str | None = None,
     calibration: str = SELF,
@@ -151,7 +153,7 @@ def estimate(
     block = find_blocks(source.blank, source.family)[0]
     embedding = source.blank.get_input_embeddings().weight.numel()
     # Seconds that a token takes in a block, with and without statistics, and in the head
-    observed, bare = _time_block(source, length, compute)
+    observed, bare = _time_block(source, length, compute, refit)
     head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
     forward = bare * inspection.blocks + head
     seconds = START_SECONDS + observed * inspection.blocks * samples * length
@@ -161,21 +163,23 @@ def estimate(
     states = samples * length * source.config.hidden_size
     activations = BATCH_TOKENS * (4 * inspection.neurons + 8 * source.config.hidden_size)
     memory = (weights + states + activations) * compute.itemsize + 12 * length * source.config.vocab_size
-    if source.size <= WHOLE_SIZE:
-        memory = max(memory, 5 * source.parameters)
+    if source.size <= WHOLE_SIZE:  # one model whole in float32, and the logits of three
+        memory = max(memory, 4 * source.parameters + 12 * PROBED_TOKENS * source.config.vocab_size)
+    if refit:  # two sums of products in float32, and some copies of them in float64
+        memory = max(memory, weights * compute.itemsize + 40 * inspection.neurons**2)
     if calibration == SELF and not own_text_cache(source, samples + held, length, seed).is_file():
         seconds += _time_sampling(source, seed) * (samples + held) * length
         memory = max(memory, 2 * source.size)
     return inspection, Cost(round(seconds / 60, 2), BASE_MEMORY + memory, inspection.bytes_after)
 
 
-def _time_block(source: Source, length: int, dtype: torch.dtype) -> tuple[float, float]:
+def _time_block(source: Source, length: int, dtype: torch.dtype, refit: bool) -> tuple[float, float]:
     """Seconds a token takes in the first block: with its statistics taken, and without."""
     windows = torch.randint(source.config.vocab_size, (2 * max(1, BATCH_TOKENS // length), length))
     batches = into_batches(windows)
     site = find_sites(source.blank, source.family)[0]
     began = time.perf_counter()
-    next(iter(calibrate(source, [site], batches, dtype)))
+    next(iter(calibrate(source, [site], batches, dtype, with_grams=refit)))
     observed = time.perf_counter() - began
     steps = BlockStream(source, batches, dtype).steps()  # named, for its weights leave with it
     step = next(steps)

@@ -21,6 +21,8 @@ class Choice:
 
     keep: Tensor  # (kept,) int64
     fill: Tensor  # (neurons,) float32
+    weight: Tensor | None = None  # (hidden, kept), the refitted reader, where it was refitted
+    bias: Tensor | None = None  # (hidden,)
 
 
 def kept_width(width: int, ratio: float, multiple: int | None = None) -> int:

@@ -153,6 +153,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
 def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
     folder = Path(name)
     if folder.is_dir():
+        _refuse_links(folder)
         return folder, None
     if folder.exists():
         raise PrunePeakError(f"{name} is a file; expected a model's folder or a Hub id.")
@@ -164,6 +165,16 @@ def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path,
         reason = str(error).strip().splitlines()[0]
         raise PrunePeakError(f"{name} is not a folder, and the Hub does not give it: {reason}") from None
     return found, found.name
+
+
+def _refuse_links(folder: Path) -> None:
+    """A stranger's folder must not lead to files elsewhere; the Hub's cache links to the blobs beside its snapshots."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    for path in folder.iterdir():
+        if not path.resolve().is_relative_to(root):
+            raise PrunePeakError(f"{path} is a link out of its folder, which is not followed. Copy the file instead.")
 
 
 def _read_blueprint(name: str, commit: str | None, folder: Path) -> Blueprint:

@@ -45,7 +45,7 @@ def test_padding_is_not_counted(tmp_path: Path) -> None:
     expected = Stats(sites[1].neurons, int(mask.sum()))
     expected.add(seen[0][mask.bool()])
     batches = [{"input_ids": tokens, "attention_mask": mask}]
-    summary = {site.block: stats for site, stats in calibrate(source, sites, batches, torch.float32)}[1].summarize()
+    summary = list(calibrate(source, sites, batches, torch.float32))[1].stats.summarize()
     assert summary.count == int(mask.sum())
     assert torch.allclose(summary.mean, expected.summarize().mean, atol=1e-6)
     assert torch.allclose(summary.peak, expected.summarize().peak, atol=1e-6)
@@ -56,7 +56,7 @@ def test_batching_does_not_change_the_statistics(tmp_path: Path) -> None:
     sites = find_sites(source.blank, source.family)
     windows = torch.randint(3, VOCABULARY, (8, 32))
     one, many = (
-        [stats.summarize() for _, stats in calibrate(source, sites, into_batches(windows, tokens), torch.float32)]
+        [seen.stats.summarize() for seen in calibrate(source, sites, into_batches(windows, tokens), torch.float32)]
         for tokens in (8 * 32, 32)
     )
     for first, second in zip(one, many, strict=True):

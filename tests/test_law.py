@@ -36,9 +36,9 @@ def cut_tiny(folder: Path, output: Path, fill: str, batches: list[Batch] | None 
     target = choose_target(source, KEPT, source.dtype)
     batches = batches or into_batches(torch.randint(3, VOCABULARY, (6, 64)), tokens=128)
     with Export(source, target, lay_out(source, sites, target), output) as export:
-        for site, stats in calibrate(source, sites, batches, torch.float32):
-            weight = site.as_matrix(source.read(site.weight))
-            export.write_site(site, select(stats.summarize(), weight, KEPT, fill))
+        for observed in calibrate(source, sites, batches, torch.float32):
+            weight = observed.site.as_matrix(source.read(observed.site.weight))
+            export.write_site(observed.site, select(observed.stats.summarize(), weight, KEPT, fill))
         export.finish()
     return source
 

@@ -41,14 +41,14 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.real
 def test_smollm2_compresses_and_loads_with_stock_transformers(smollm2: Path, prose: Path, tmp_path: Path) -> None:
-    words = ["compress", "--model", smollm2, "--ratio", "0.3", "--no-refit", "--calibration", prose, "--json", "-q"]
+    words = ["compress", "--model", smollm2, "--ratio", "0.3", "--calibration", prose, "--json", "-q"]
     words += ["--samples", "24", "--output", tmp_path / "cut"]
     done = subprocess.run(
         [sys.executable, "-m", "prune_peak", *map(str, words)], capture_output=True, text=True, check=True
     )
     result = json.loads(done.stdout)
     assert result["before"]["parameters"] - result["after"]["parameters"] == 30 * (448 * 3 * 576 - 2 * 1088 - 576)
-    assert result["perplexity_after"]["value"] < 2.5 * result["perplexity_before"]["value"]
+    assert result["perplexity_after"]["value"] < 2 * result["perplexity_before"]["value"]
     loaded = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path / "cut")], capture_output=True, text=True, check=True
     )

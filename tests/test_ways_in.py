@@ -123,3 +123,22 @@ def test_what_cannot_be_cut_is_refused_by_name(name: str, tmp_path: Path) -> Non
     (tmp_path / "evil.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(PrunePeakError, match=words):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_not_followed(name: str, tmp_path: Path) -> None:
+    folder = BY_NAME["opt"].save(tmp_path / "source")
+    (tmp_path / "secret").write_text("a secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(PrunePeakError, match="link out of its folder"):
+        open_source(str(folder))
+
+
+def test_the_links_of_the_hub_cache_are_fine(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    BY_NAME["opt"].save(blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert open_source(str(snapshot)).parameters > 0

@@ -1,0 +1,158 @@
+"""Refit: the kept columns and the bias take over, by least squares, what the cut neurons did.
+
+With d = x_cut - c the deviation of the cut neurons from their fills, the folded output misses W_cut d. Ridge regression
+of W_cut d on the kept neurons gives the correction of their columns and of the bias:
+
+    Delta = W_cut Cov(cut, keep) (Cov(keep, keep) + r s I)^-1,      delta = W_cut E[d] / (1 + r)
+
+where s is the mean variance of a neuron and r the ridge. An infinite r is the pure fold; r -> 0 is least squares. r is
+chosen by the error on held-out tokens, and the pure fold is among the choices, so the refit is never worse there.
+
+Which neurons to keep is decided knowing of the refit: backward elimination on the inverse covariance, where neuron j
+costs ||W_:j||^2 / [Cov^-1]_jj (the optimal brain surgeon's saliency, Hassibi and Stork 1993).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .folding import fold
+from .selection import Choice
+
+ELIMINATION = "elimination"  # the score's name
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, math.inf)
+ELIMINATION_RIDGE = 1e-2
+ELIMINATION_STEPS = 16  # neurons leave in so many equal parts; between two, the inverse is brought up to date
+HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
+
+
+class Gram:
+    """First and second moments of all neurons together, about a pivot.
+
+    Example:
+        >>> gram = Gram(torch.zeros(2))
+        >>> gram.add(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> gram.mean().tolist(), gram.covariance().tolist()
+        ([2.0, 0.0], [[1.0, 0.0], [0.0, 0.0]])
+    """
+
+    def __init__(self, pivot: Tensor) -> None:
+        self.pivot = pivot
+        self.count = 0
+        self.sum = torch.zeros(len(pivot), dtype=torch.float64)
+        self.products = torch.zeros(len(pivot), len(pivot))
+
+    def add(self, values: Tensor) -> None:
+        """Count a batch of activations, (tokens, neurons)."""
+        centred = values.float() - self.pivot
+        self.count += len(values)
+        self.sum += centred.sum(0, dtype=torch.float64)
+        self.products.addmm_(centred.T, centred)
+
+    def merged(self, other: "Gram") -> "Gram":
+        """Both together; they must share the pivot."""
+        both = Gram(self.pivot)
+        both.count, both.sum = self.count + other.count, self.sum + other.sum
+        both.products = self.products + other.products
+        return both
+
+    def mean(self) -> Tensor:
+        """(neurons,) float64."""
+        return self.pivot.double() + self.sum / self.count
+
+    def covariance(self) -> Tensor:
+        """(neurons, neurons) float64."""
+        shift = self.sum / self.count
+        return self.products.double().div_(self.count).addr_(shift, shift, alpha=-1)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How well the refit of one site went."""
+
+    ridge: float  # infinite where the pure fold was best
+    error: float  # held-out mean squared error of the output, as a share of that of the pure fold
+
+
+def eliminate(weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
+    """The neurons to keep when the rest is refitted: backward elimination. Sorted indices, (kept,).
+
+    Args:
+        weight: (hidden, neurons).
+        covariance: (neurons, neurons) float64.
+    """
+    remaining = torch.arange(weight.shape[1])
+    inverse = _invert(_ridged(covariance, ELIMINATION_RIDGE))
+    weight = weight.double()
+    left = weight.shape[1] - kept
+    for part in range(ELIMINATION_STEPS, 0, -1):
+        leaving = math.ceil(left / part)
+        left -= leaving
+        saliency = weight.square().sum(0) / inverse.diagonal()
+        order = saliency.argsort(stable=True)
+        out, stay = order[:leaving], order[leaving:].sort().values
+        gain = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])
+        weight = weight[:, stay] - weight[:, out] @ gain
+        inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ gain
+        remaining = remaining[stay]
+    return remaining
+
+
+def refit(weight: Tensor, bias: Tensor | None, choice: Choice, gram: Gram, ridge: float) -> tuple[Tensor, Tensor]:
+    """The kept columns, (hidden, kept), and the bias, (hidden,), that stand in for the whole, in float32.
+
+    Args:
+        weight: (hidden, neurons), the output projection.
+        bias: (hidden,) or None.
+        choice: which neurons stay, and the fills of the others.
+        gram: of the neurons.
+        ridge: as a share of the mean variance; infinity gives the pure fold.
+    """
+    folded, columns = fold(weight, bias, choice.fill, choice.keep), weight[:, choice.keep]
+    if ridge == math.inf:
+        return columns.float(), folded
+    keep = choice.keep
+    cut = _complement(keep, weight.shape[1])
+    covariance, mean, lost = gram.covariance(), gram.mean(), weight[:, cut].double()
+    factor = torch.linalg.cholesky(_ridged(covariance[keep][:, keep], ridge, covariance))
+    delta = torch.cholesky_solve(covariance[keep][:, cut] @ lost.T, factor).T
+    shift = lost @ (mean[cut] - choice.fill[cut].double()) / (1 + ridge) - delta @ mean[keep]
+    return (columns.double() + delta).float(), (folded.double() + shift).float()
+
+
+def refit_best(
+    weight: Tensor, bias: Tensor | None, choice: Choice, fitted: Gram, held_out: Gram
+) -> tuple[Choice, Refit]:
+    """The refit with the ridge that is best on held-out tokens, then fitted on all of them."""
+    covariance, mean = held_out.covariance().float(), held_out.mean()
+
+    def error(ridge: float) -> float:
+        columns, offset = refit(weight, bias, choice, fitted, ridge)
+        change = weight.float().clone()
+        change[:, choice.keep] -= columns
+        constant = change.double() @ mean + (0 if bias is None else bias.double()) - offset.double()
+        return float(((change @ covariance) * change).sum() + constant.square().sum())
+
+    errors = {ridge: error(ridge) for ridge in RIDGES}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    columns, offset = refit(weight, bias, choice, fitted.merged(held_out), best)
+    share = errors[best] / max(errors[math.inf], 1e-300)
+    return replace(choice, weight=columns, bias=offset), Refit(best, share)
+
+
+def _complement(keep: Tensor, neurons: int) -> Tensor:
+    is_cut = torch.ones(neurons, dtype=torch.bool)
+    is_cut[keep] = False
+    return is_cut.nonzero()[:, 0]
+
+
+def _ridged(covariance: Tensor, ridge: float, whole: Tensor | None = None) -> Tensor:
+    """The covariance with a share of the mean variance on its diagonal; dead neurons leave it invertible."""
+    scale = (covariance if whole is None else whole).diagonal().mean().clamp_min(1e-30)
+    return covariance + torch.eye(len(covariance), dtype=covariance.dtype) * (ridge * scale)
+
+
+def _invert(matrix: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))

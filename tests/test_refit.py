@@ -1,0 +1,170 @@
+"""The refit against least squares itself, at its limits, and in a written checkpoint."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import EXAMPLES
+from safetensors.torch import load_file, save_file
+from test_compress import compress, run
+from tiny import BY_NAME
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prune_peak
+from prune_peak.folding import fold
+from prune_peak.refit import Gram, eliminate, refit, refit_best
+from prune_peak.selection import Choice
+
+NEURONS, HIDDEN, KEPT = 24, 6, 15
+
+
+def correlated(tokens: int, neurons: int = NEURONS) -> Tensor:
+    return (
+        torch.randn(tokens, neurons // 2) @ torch.randn(neurons // 2, neurons) + 0.3 * torch.randn(tokens, neurons) + 1
+    )
+
+
+def gram_of(values: Tensor) -> Gram:
+    gram = Gram(values[0].clone())
+    gram.add(values)
+    return gram
+
+
+def site() -> tuple[Tensor, Tensor, Choice]:
+    keep = torch.randperm(NEURONS)[:KEPT].sort().values
+    return torch.randn(HIDDEN, NEURONS), torch.randn(HIDDEN), Choice(keep, torch.randn(NEURONS))
+
+
+def test_without_a_ridge_it_is_least_squares() -> None:
+    values = correlated(400)
+    weight, bias, choice = site()
+    columns, offset = refit(weight, bias, choice, gram_of(values), 1e-10)
+    design = numpy.concatenate([values[:, choice.keep].numpy(), numpy.ones((400, 1))], axis=1)
+    wanted = (values @ weight.T + bias).numpy()
+    solution = numpy.linalg.lstsq(design.astype(float), wanted.astype(float), rcond=None)[0]
+    assert numpy.allclose(columns.T.numpy(), solution[:-1], atol=2e-4)
+    assert numpy.allclose(offset.numpy(), solution[-1], atol=2e-4)
+
+
+def test_an_infinite_ridge_is_the_pure_fold() -> None:
+    weight, bias, choice = site()
+    gram = gram_of(correlated(400))
+    for ridge in (math.inf, 1e12):
+        columns, offset = refit(weight, bias, choice, gram, ridge)
+        assert torch.allclose(columns, weight[:, choice.keep], atol=1e-5)
+        assert torch.allclose(offset, fold(weight, bias, choice.fill, choice.keep), atol=1e-5)
+
+
+def test_keeping_all_is_the_identity() -> None:
+    weight, bias, _ = site()
+    columns, offset = refit(
+        weight, bias, Choice(torch.arange(NEURONS), torch.zeros(NEURONS)), gram_of(correlated(99)), 0.1
+    )
+    assert torch.allclose(columns, weight, atol=1e-6)
+    assert torch.allclose(offset, bias, atol=1e-6)
+
+
+def loss(weight: Tensor, values: Tensor, keep: Tensor) -> float:
+    """What least squares leaves of the output, by numpy."""
+    design = numpy.concatenate([values[:, keep].numpy(), numpy.ones((len(values), 1))], axis=1).astype(float)
+    wanted = (values @ weight.T).numpy().astype(float)
+    return float(((design @ numpy.linalg.lstsq(design, wanted, rcond=None)[0] - wanted) ** 2).mean())
+
+
+def test_elimination_beats_plain_scores() -> None:
+    values = correlated(800)
+    weight = torch.randn(HIDDEN, NEURONS)
+    keep = eliminate(weight, gram_of(values).covariance(), KEPT)
+    assert keep.tolist() == sorted(set(keep.tolist()))
+    assert len(keep) == KEPT
+    by_variance = (values.var(0) * weight.square().sum(0)).argsort(descending=True)[:KEPT]
+    assert loss(weight, values, keep) < 0.9 * loss(weight, values, by_variance)
+
+
+SINGULAR = {
+    "fewer tokens than neurons": lambda: correlated(10),
+    "dead neurons": lambda: correlated(200) * (torch.arange(NEURONS) % 3 > 0),
+    "all constant": lambda: torch.full((50, NEURONS), 2.5),
+    "all dead": lambda: torch.zeros(50, NEURONS),
+    "extreme": lambda: torch.where(torch.rand(300, NEURONS) < 0.01, 6e4, correlated(300)),
+    "twins": lambda: correlated(300)[:, torch.arange(NEURONS) // 2],
+}
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_nothing_blows_up(name: str) -> None:
+    values = SINGULAR[name]().half()
+    weight, bias, choice = site()
+    border = len(values) * 5 // 6
+    fitted = gram_of(values[:border])
+    held_out = Gram(fitted.pivot)
+    held_out.add(values[border:])
+    keep = eliminate(weight, fitted.covariance(), KEPT)
+    result, report = refit_best(weight, bias, Choice(keep, choice.fill), fitted, held_out)
+    assert result.weight is not None
+    assert result.bias is not None
+    assert bool(result.weight.isfinite().all())
+    assert bool(result.bias.isfinite().all())
+    assert result.weight.abs().max() < 100 * weight.abs().max()
+    assert report.error <= 1, "worse than the pure fold on held-out tokens"
+
+
+def test_noise_that_tells_nothing_is_not_fitted() -> None:
+    """Independent neurons and few tokens: what the kept ones seem to say of the cut ones is chance."""
+    weight, bias, choice = site()
+    choice = Choice(choice.keep, torch.zeros(NEURONS))
+    fitted, held_out = gram_of(torch.randn(20, NEURONS)), gram_of(torch.randn(4000, NEURONS))
+    _, report = refit_best(weight, bias, choice, fitted, held_out)
+    assert report.ridge >= 0.3
+
+
+@pytest.mark.parametrize("name", ["opt-mini", "llama-mini"])
+def test_the_refit_keeps_more_than_any_constant(name: str, tmp_path: Path, text: Path) -> None:
+    """Perplexity on text that was not calibrated on; the margin is far above the noise between seeds."""
+    results = {}
+    for kind, options in (("peak", {}), ("mean", {"fill": "mean"}), ("refit", {"refit": True})):
+        options = {"refit": False, "samples": 96, "calibration": str(text)} | options
+        result = prune_peak.compress(str(EXAMPLES / name), 0.4, tmp_path / kind, **options)
+        assert result.verification.passed
+        results[kind] = result.perplexity_after.value
+    assert results["refit"] < 0.9 * min(results["peak"], results["mean"]), results
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral-window", "qwen2", "opt-350m"])
+def test_a_refitted_checkpoint_obeys_the_law(name: str, tmp_path: Path, text: Path) -> None:
+    """Host, shapes and copies, with the reader of the written folder put into the original."""
+    source = tmp_path / "source"
+    model = BY_NAME[name]
+    type(model)(name, model.family, model.head, dict(model.settings) | {"vocab_size": 1024}).save(source)
+    AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
+    result = compress(source, tmp_path / "cut", text, "--samples", 8, "--refit")
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())
+    assert recipe["options"]["refit"] is True
+    assert len(recipe["refits"]) == 3
+    assert all(0 <= refit["error"] <= 1 for refit in recipe["refits"].values())
+    assert "cached decoding" in str(recipe["verification"])
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_verify_finds_a_change_beside_the_refit(tmp_path: Path, text: Path) -> None:
+    output = tmp_path / "cut"
+    assert compress(EXAMPLES / "llama-mini", output, text, "--samples", 8, "--refit").exit_code == 0
+    assert run("verify", output, "--model", EXAMPLES / "llama-mini", "-q").exit_code == 0
+    tensors = load_file(output / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.1
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    assert run("verify", output, "--model", EXAMPLES / "llama-mini", "-q").exit_code == 3
+
+
+def test_options_that_contradict_each_other(tmp_path: Path, text: Path) -> None:
+    score = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--no-refit", "--score", "elimination")
+    stats = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--refit", "--stats", text)
+    assert score.exit_code == stats.exit_code == 2
+    assert "leave out --no-refit" in score.stderr
+    assert "add --no-refit" in stats.stderr
