@@ -113,16 +113,8 @@ def compress(
         >>> result.after.parameters < result.before.parameters              # doctest: +SKIP
         True
     """
-    if fill not in FILLS:
-        raise UsageError(f"--fill {fill}: expected one of {', '.join(FILLS)}.")
-    _check_samples(samples)
     score = score or (ELIMINATION if refit else "deviation")
-    if score not in (*SCORES, RANDOM, ELIMINATION):
-        raise UsageError(f"--score {score}: expected one of {', '.join((*SCORES, RANDOM, ELIMINATION))}.")
-    if score == ELIMINATION and not refit:
-        raise UsageError(f"--score {ELIMINATION} reckons with the refit; leave out --no-refit or choose another score.")
-    if stats is not None and refit:
-        raise UsageError("--stats holds no products of neurons, which the refit needs; add --no-refit.")
+    _check_options(fill, score, refit, stats, samples)
     source = open_source(model, revision)
     sites = find_sites(source.blank, source.family)
     kept = kept_width(sites[0].neurons, ratio, multiple_of)
@@ -283,6 +275,18 @@ def _measured_before(path: Path, source: Source, sites: Sequence[Site]) -> Measu
     statistics = load_statistics(path, source, sites)
     observed = [Observed(site, statistics.stats[site.name]) for site in sites]
     return Measured(statistics.windows, statistics.options, observed)
+
+
+def _check_options(fill: str, score: str, refit: bool, stats: str | Path | None, samples: int) -> None:
+    if fill not in FILLS:
+        raise UsageError(f"--fill {fill}: expected one of {', '.join(FILLS)}.")
+    _check_samples(samples)
+    if score not in (*SCORES, RANDOM, ELIMINATION):
+        raise UsageError(f"--score {score}: expected one of {', '.join((*SCORES, RANDOM, ELIMINATION))}.")
+    if score == ELIMINATION and not refit:
+        raise UsageError(f"--score {ELIMINATION} reckons with the refit; leave out --no-refit or choose another score.")
+    if stats is not None and refit:
+        raise UsageError("--stats holds no products of neurons, which the refit needs; add --no-refit.")
 
 
 def _check_samples(samples: int) -> None:

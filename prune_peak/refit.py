@@ -72,7 +72,7 @@ class Gram:
 class Refit:
     """How well the refit of one site went."""
 
-    ridge: float  # infinite where the pure fold was best
+    ridge: float | None  # None where the pure fold was best
     error: float  # held-out mean squared error of the output, as a share of that of the pure fold
 
 
@@ -139,7 +139,7 @@ def refit_best(
     best = min(errors, key=lambda ridge: errors[ridge])
     columns, offset = refit(weight, bias, choice, fitted.merged(held_out), best)
     share = errors[best] / max(errors[math.inf], 1e-300)
-    return replace(choice, weight=columns, bias=offset), Refit(best, share)
+    return replace(choice, weight=columns, bias=offset), Refit(None if best == math.inf else best, share)
 
 
 def _complement(keep: Tensor, neurons: int) -> Tensor:

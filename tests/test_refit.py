@@ -119,7 +119,7 @@ def test_noise_that_tells_nothing_is_not_fitted() -> None:
     choice = Choice(choice.keep, torch.zeros(NEURONS))
     fitted, held_out = gram_of(torch.randn(20, NEURONS)), gram_of(torch.randn(4000, NEURONS))
     _, report = refit_best(weight, bias, choice, fitted, held_out)
-    assert report.ridge >= 0.3
+    assert report.ridge is None or report.ridge >= 0.3
 
 
 @pytest.mark.parametrize("name", ["opt-mini", "llama-mini"])
