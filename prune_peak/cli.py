@@ -6,6 +6,7 @@ torch and transformers are imported inside the commands, so that `--help` does n
 import json
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -270,6 +271,11 @@ def _print_compression(result: "Compression") -> None:
     click.echo(_table(rows))
     if first:
         click.echo(f"Perplexity on {first.text}: {first.windows} windows of {first.length} tokens, {first.dtype}.")
+    if result.refits:
+        left = statistics.median(refit.error for refit in result.refits.values())
+        click.echo(
+            f"Refit: of the error that the constants leave on held-out tokens, {left:.0%} is left (median of sites)."
+        )
     click.echo(f"\nVerified. Written to {result.output}. Load it with:\n")
     click.echo("  from transformers import AutoTokenizer, " + result.model_class)
     click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")

@@ -62,6 +62,7 @@ class Compression:
     share: float  # of the neurons that were cut
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
+    refits: Mapping[str, Refit]  # by the site's name; empty without the refit
     verification: Verification
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def compress(
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{ratio}")
     partial = _prepare_output(folder, force, layout)
     try:
-        refits: dict[str, dict[str, Any]] = {}
+        refits: dict[str, Refit] = {}
         if measured is None:
             measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed, with_grams=refit)
         with Export(source, target, layout, partial) as export:
@@ -133,7 +134,7 @@ def compress(
                 choice, fitted = _choose(source, observed, kept, fill, score, seed)
                 export.write_site(observed.site, choice)
                 if fitted is not None:
-                    refits[observed.site.name] = asdict(fitted)
+                    refits[observed.site.name] = fitted
             digests = export.finish()
         text = f"held-out windows of {measured.windows.source}" if evaluate is None else Path(evaluate).name
         scored = measured.windows.held_out if scored is None else scored
@@ -146,7 +147,7 @@ def compress(
             "before": asdict(_measure_size(source)),
             "after": asdict(_measure_size(written)),
             "perplexity": {"before": before and asdict(before), "after": after and asdict(after)},
-            "refits": refits,
+            "refits": {name: asdict(fitted) for name, fitted in refits.items()},
             "tensors": digests,
         }
         _write_json(partial / RECIPE_FILE, recipe)
@@ -174,6 +175,7 @@ def compress(
         share=1 - kept / sites[0].neurons,
         perplexity_before=before,
         perplexity_after=after,
+        refits=refits,
         verification=verification,
     )
 
