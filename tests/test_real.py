@@ -55,4 +55,8 @@ def test_smollm2_compresses_and_loads_with_stock_transformers(smollm2: Path, pro
     stock = json.loads(loaded.stdout)
     assert not any(stock["info"].values())
     assert stock["parameters"] == result["after"]["parameters"]
-    assert "Paris" in stock["text"]
+    words = stock["text"].replace("<|im_end|>", " ").split()
+    known = {word.strip(".,:;()\"'").lower() for word in prose.read_text().split()}
+    english = [word for word in words if word.strip(".,:;()\"'").lower() in known]
+    assert len(words) > 8
+    assert len(english) > 0.7 * len(words), stock["text"]
