@@ -160,6 +160,9 @@ BAD = {
     "unknown folder": (["--model", "nowhere/at-all"], 1, "nowhere/at-all"),
     "ratio 0": (["--ratio", "0"], 2, "between 0 and 1"),
     "ratio 1": (["--ratio", "1"], 2, "between 0 and 1"),
+    "ratio 1.5": (["--ratio", "1.5"], 2, "between 0 and 1"),
+    "ratio of words": (["--ratio", "much"], 2, "expected a number, or mlp=NUMBER"),
+    "ratio of another site": (["--ratio", "attention=0.3"], 2, "'attention' cannot be cut"),
     "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
     "no sample": (["--samples", "0"], 2, "at least one window"),
     "text not there": (["--calibration", "no.txt"], 1, "not a readable UTF-8 text"),
@@ -254,6 +257,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 from prune_peak.cli import main
 main(sys.argv[2:])
 """
+
+
+def test_a_ratio_may_name_its_site(tmp_path: Path, text: Path) -> None:
+    result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4, "--ratio", "mlp=0.5", "--json")
+    assert json.loads(result.stdout)["share"] == 0.5
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, text: Path) -> None:

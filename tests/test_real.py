@@ -1,8 +1,10 @@
 """A real model: SmolLM2-135M, from the package that carries its weights. `pytest -m real`."""
 
 import json
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,14 +41,23 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def run(*words: object) -> str:
+    command = [sys.executable, "-m", "prune_peak", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.real
 def test_smollm2_compresses_and_loads_with_stock_transformers(smollm2: Path, prose: Path, tmp_path: Path) -> None:
     words = ["compress", "--model", smollm2, "--ratio", "0.3", "--calibration", prose, "--json", "-q"]
     words += ["--samples", "24", "--output", tmp_path / "cut"]
-    done = subprocess.run(
-        [sys.executable, "-m", "prune_peak", *map(str, words)], capture_output=True, text=True, check=True
-    )
-    result = json.loads(done.stdout)
+    foretold = json.loads(run(*words, "--dry-run"))
+    began = time.perf_counter()
+    result = json.loads(run(*words))
+    minutes = (time.perf_counter() - began) / 60
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert 1 / 1.5 < foretold["memory"] / memory < 1.5
+    assert 1 / 2 < foretold["minutes"] / minutes < 2  # within 1.5 on a quiet machine
+    assert foretold["disk"] == result["after"]["bytes"]
     assert result["before"]["parameters"] - result["after"]["parameters"] == 30 * (448 * 3 * 576 - 2 * 1088 - 576)
     assert result["perplexity_after"]["value"] < 2 * result["perplexity_before"]["value"]
     loaded = subprocess.run(
