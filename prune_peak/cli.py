@@ -42,7 +42,7 @@ class Group(click.Group):
             sys.exit(130)
 
 
-class Ratio(click.ParamType[float]):
+class Ratio(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
     """`0.3`, or `mlp=0.3`."""
 
     name = "ratio"
