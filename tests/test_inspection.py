@@ -11,6 +11,7 @@ from tiny import TINY, Tiny
 from prune_peak.cli import main
 from prune_peak.families import FAMILIES
 from prune_peak.inspection import inspect
+from prune_peak.source import open_source
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
@@ -30,8 +31,6 @@ def test_inspect_foretells_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
     assert inspection.kept == KEPT
     assert [inspection.written_as] == written["architectures"]
     assert inspection.parameters == source.parameters
-    from prune_peak.source import open_source
-
     assert inspection.parameters_after == open_source(str(tmp_path / "cut")).parameters
     assert bool(inspection.why) == (inspection.written_as in ("GraniteForCausalLM", "SmolLM3ForCausalLM")
                                     and not tiny.name.startswith(("granite", "smollm3")))  # fmt: skip
