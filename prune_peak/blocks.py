@@ -62,6 +62,11 @@ class Step:
             yield number
             self._hidden[number] = self.block(self._hidden[number], *call.args, **call.kwargs)
 
+    @torch.inference_mode()
+    def power(self) -> float:
+        """The squared norm of a token's hidden state, as it is now: the median, for a few tokens have giant ones."""
+        return torch.cat([hidden.float().square().sum(-1).flatten() for hidden in self._hidden]).median().item()
+
 
 class BlockStream:
     """A source's stock model over a few batches, block by block, then through the head.

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Observed:
     site: Site
     stats: Stats
     grams: tuple[Gram, Gram] | None = None  # over most tokens, and over those held out
+    power: float | None = None  # with the Grams: squared norm of a hidden state after the block, median of tokens
 
 
 def calibrate(
@@ -64,31 +66,44 @@ def calibrate(
         for batch, mask in zip(batches, masks, strict=True)
     )
     stream = BlockStream(source, batches, dtype)
-    for step in tqdm(stream.steps(), total=len(sites), desc="calibrate", unit="block"):
-        site = sites[step.index]
-        stats = Stats(site.neurons, tokens)
-        grams: list[Gram] = []
-        mask: Tensor | None = None
-
-        def see(neurons: Tensor) -> None:
-            flat = neurons.reshape(-1, site.neurons)  # noqa: B023
-            flat = flat if mask is None else flat[mask.bool().view(-1)]  # noqa: B023
-            stats.add(flat)  # noqa: B023
-            if with_grams:
-                grams[:] = grams or [Gram(stats.pivot), Gram(stats.pivot)]  # noqa: B023
-                border = len(flat) * (HELD_OUT - 1) // HELD_OUT
-                grams[0].add(flat[:border])  # noqa: B023
-                grams[1].add(flat[border:])  # noqa: B023
-
-        with observing(stream.model.get_submodule(site.name), see):
+    blocks = 1 + max(site.block for site in sites)
+    for step in tqdm(islice(stream.steps(), blocks), total=blocks, desc="calibrate", unit="block"):
+        watches = [Watch(site, tokens, with_grams) for site in sites if site.block == step.index]
+        with ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(observing(stream.model.get_submodule(watch.site.name), watch.see))
             for number in step.run():
-                mask = masks[number]
-        if not bool(torch.isfinite(stats.square_sum).all()):
-            raise PrunePeakError(
-                f"block {site.block} of {source.name} gives activations that are not finite in {dtype}. "
-                "Try --dtype float32, or check the checkpoint."
-            )
-        yield Observed(site, stats, (grams[0], grams[1]) if with_grams else None)
+                for watch in watches:
+                    watch.mask = masks[number]
+        power = step.power() if with_grams else None
+        for watch in watches:
+            if not bool(torch.isfinite(watch.stats.square_sum).all()):
+                raise PrunePeakError(
+                    f"block {step.index} of {source.name} gives activations that are not finite in {dtype}. "
+                    "Try --dtype float32, or check the checkpoint."
+                )
+            yield Observed(watch.site, watch.stats, watch.grams, power)
+
+
+class Watch:
+    """What one site is seen to do while its block runs."""
+
+    def __init__(self, site: Site, tokens: int, with_grams: bool) -> None:
+        self.site = site
+        self.stats = Stats(site.neurons, tokens)
+        self.grams: tuple[Gram, Gram] | None = None
+        self.mask: Tensor | None = None  # of the batch that runs
+        self._with_grams = with_grams
+
+    def see(self, neurons: Tensor) -> None:
+        flat = neurons.reshape(-1, self.site.neurons)
+        flat = flat if self.mask is None else flat[self.mask.bool().view(-1)]
+        self.stats.add(flat)
+        if self._with_grams:
+            self.grams = self.grams or (Gram(self.stats.pivot), Gram(self.stats.pivot))
+            border = len(flat) * (HELD_OUT - 1) // HELD_OUT
+            self.grams[0].add(flat[:border])
+            self.grams[1].add(flat[border:])
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ class Statistics:
 
 
 def load_statistics(path: Path, source: Source, sites: Sequence[Site]) -> Statistics:
-    """Statistics that `calibrate` saved for this very model.
+    """Statistics that `calibrate` saved for this very model, of these sites at least.
 
     Raises:
         PrunePeakError: not such a file, or of another model.
@@ -138,6 +153,6 @@ def load_statistics(path: Path, source: Source, sites: Sequence[Site]) -> Statis
         ) from None
     if model != source.digest:
         raise PrunePeakError(f"{path} holds the statistics of another model than {source.name}. Calibrate it anew.")
-    if {site.name: site.neurons for site in sites} != {name: value.neurons for name, value in stats.items()}:
+    if any(site.name not in stats or stats[site.name].neurons != site.neurons for site in sites):
         raise PrunePeakError(f"{path} does not hold statistics of every site of {source.name}. Calibrate it anew.")
     return Statistics(stats, windows, options)

@@ -5,12 +5,13 @@ torch and transformers are imported inside the commands, so that `--help` does n
 
 import json
 import logging
+import math
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 
@@ -43,18 +44,50 @@ class Group(click.Group):
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
-    """`0.3`, or `mlp=0.3`."""
+    """`0.3`, or `mlp=0.2,attention=0.33`."""
 
     name = "ratio"
 
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        site, _, number = str(value).rpartition("=")
-        if site not in ("", "mlp"):
-            self.fail(f"{value}: {site!r} cannot be cut; expected a number, or mlp=NUMBER.", parameter, context)
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> float | dict[str, float]:
         try:
-            return float(number)
+            if "=" not in str(value):
+                return float(value)
+            pairs = [part.split("=") for part in str(value).split(",")]
+            return {kind: float(number) for kind, number in pairs}
         except ValueError:
-            self.fail(f"{value}: expected a number, or mlp=NUMBER.", parameter, context)
+            self.fail(f"{value}: expected a number, or mlp=NUMBER,attention=NUMBER.", parameter, context)
+
+
+class Kinds(click.ParamType):  # type: ignore[type-arg]
+    """`mlp`, `attention`, or both with a comma between."""
+
+    name = "sites"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[str, ...]:
+        return tuple(str(value).split(","))
+
+
+class Bytes(click.ParamType):  # type: ignore[type-arg]
+    """`2GB`, `500MB`, `1.5GiB`, or a plain number."""
+
+    name = "size"
+    units: ClassVar = {
+        f"{prefix}{suffix}": base**power
+        for suffix, base in (("B", 1000), ("iB", 1024))
+        for power, prefix in enumerate(("", "K", "M", "G", "T"))
+    }
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        number = str(value).rstrip("BKMGTi")
+        try:
+            size = float(number) * self.units[str(value)[len(number) :].strip() or "B"]
+        except (ValueError, KeyError):
+            size = math.nan
+        if not 0 < size < math.inf:
+            self.fail(f"{value}: expected a size such as 2GB, 500MB or 1.5GiB.", parameter, context)
+        return int(size)
 
 
 def all_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -73,8 +106,21 @@ talk_options = all_options(
     click.option("-q", "--quiet", is_flag=True, help="No progress bars and no talk."),
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
-multiple_option = click.option(
-    "--multiple-of", type=int, help="Kept widths are a multiple of this.  [default: 32; 8 below width 512]"
+budget_options = all_options(
+    click.option("--ratio", type=Ratio(), help="Share to cut at every site: 0.3, or mlp=0.2,attention=0.33."),
+    click.option("--target-params", type=float, help="Instead: share of all parameters that may stay, e.g. 0.8."),
+    click.option("--target-bytes", type=Bytes(), help="Instead: size that the weights may have, e.g. 2GB."),
+    click.option("--sites", type=Kinds(), help="What to cut: mlp, attention, or mlp,attention.  [default: mlp]"),
+    click.option(
+        "--unit",
+        type=click.Choice(["head", "group"]),
+        default="head",
+        show_default=True,
+        help="What leaves an attention: heads, as many of every KV group; or whole KV groups, which shrinks the cache.",
+    ),
+    click.option(
+        "--multiple-of", type=int, help="Kept MLP widths are a multiple of this.  [default: 32; 8 below width 512]"
+    ),
 )
 calibration_options = all_options(
     click.option(
@@ -108,14 +154,14 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", required=True, help="A model's folder or Hub id.")
-@click.option("--ratio", required=True, type=Ratio(), help="Share of the MLP neurons to cut at every block, e.g. 0.3.")
+@budget_options
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./<name>-peak-<ratio>]")
 @click.option(
     "--fill",
-    type=click.Choice(["peak", "mean", "median", "zero"]),
+    type=click.Choice(["peak", "mean", "median", "zero", "auto"]),
     default="peak",
     show_default=True,
-    help="The constant that a cut neuron is held at.",
+    help="The constant that a cut neuron is held at; `auto`: per site, the best on held-out tokens.",
 )
 @click.option(
     "--score",
@@ -136,7 +182,6 @@ def main() -> None:
     metavar="FILE",
     help="What `calibrate` wrote, in place of a calibration.",
 )
-@multiple_option
 @revision_option
 @click.option(
     "--evaluate",
@@ -147,12 +192,14 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @talk_options
 def compress(as_json: bool, quiet: bool, dry_run: bool, **options: Any) -> None:
-    """Cut MLP neurons, fold their peaks, and write a smaller checkpoint that stock transformers loads.
+    """Cut neurons, fold their peaks, refit the rest, and write a smaller checkpoint for stock transformers.
 
     \b
     Examples:
       prune-peak compress --model HuggingFaceTB/SmolLM2-135M --ratio 0.3
       prune-peak compress --model ./my-model --ratio 0.2 --calibration notes.txt --output smaller
+      prune-peak compress --model ./my-model --ratio mlp=0.2,attention=0.33
+      prune-peak compress --model ./my-model --target-params 0.8 --sites mlp,attention
     """
     _settle(quiet)
     if dry_run:
@@ -197,12 +244,11 @@ def calibrate(as_json: bool, quiet: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--ratio", type=Ratio(), default=0.3, show_default=True, help="Share of the MLP neurons to reckon with.")
-@multiple_option
+@budget_options
 @revision_option
 @talk_options
 def inspect(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Say what can be cut from a model and what it would save, from its config alone.
+    """Say what can be cut from a model and what it would save (at --ratio 0.3 by default), from its config alone.
 
     \b
     Example:
@@ -261,16 +307,26 @@ def _print_compression(result: "Compression") -> None:
     before, after = result.before, result.after
     rows = [
         ("", "before", "after", "change"),
-        ("MLP neurons", f"{before.neurons:,}", f"{after.neurons:,}", f"-{result.share:.1%}"),
+        *(
+            (f"{kind} neurons", f"{before.neurons[kind]:,}", f"{after.neurons[kind]:,}", f"-{share:.1%}")
+            for kind, share in result.share.items()
+        ),
         ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", _change(before.parameters, after.parameters)),
         ("bytes", f"{before.bytes:,}", f"{after.bytes:,}", _change(before.bytes, after.bytes)),
     ]
+    if before.cache != after.cache:
+        cache = (f"{before.cache:,}", f"{after.cache:,}", _change(before.cache, after.cache))
+        rows.append(("KV cache, bytes a token", *cache))
     first, second = result.perplexity_before, result.perplexity_after
     if first and second:
         rows.append(("perplexity", f"{first.value:.2f}", f"{second.value:.2f}", f"x{second.value / first.value:.3f}"))
     click.echo(_table(rows))
     if first:
         click.echo(f"Perplexity on {first.text}: {first.windows} windows of {first.length} tokens, {first.dtype}.")
+    if len(result.fills) > 1:
+        click.echo(
+            "Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in sorted(result.fills.items())) + "."
+        )
     if result.refits:
         left = statistics.median(refit.error for refit in result.refits.values())
         click.echo(
@@ -290,11 +346,17 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
     i = inspection
     return [
         ("model", f"{i.model} ({i.model_class}, {i.dtype})"),
-        ("MLP", f"{i.neurons} neurons in each of {i.blocks} blocks; kept widths in multiples of {i.unit}"),
-        ("constants", i.constants),
+        *(
+            (
+                site.kind,
+                f"{site.neurons} neurons in each of {i.blocks} blocks, in steps of {site.step}; "
+                f"constants go to the {site.constants}",
+            )
+            for site in i.sites
+        ),
         ("written as", i.written_as + (f" ({i.why})" if i.why else "")),
         ("read by", ", ".join(("transformers", *i.engines)) + " (engines: from their sources, not run)"),
-        (f"at ratio {i.ratio}", f"{i.kept} of {i.neurons} neurons kept"),
+        (f"at {i.asked}", ", ".join(f"{site.kept} of {site.neurons} {site.kind} neurons kept" for site in i.sites)),
         ("parameters", f"{i.parameters:,} -> {i.parameters_after:,} ({_change(i.parameters, i.parameters_after)})"),
         ("bytes", f"{i.bytes:,} -> {i.bytes_after:,}"),
     ]

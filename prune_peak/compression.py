@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +16,15 @@ import transformers
 from torch import Tensor
 
 from . import __version__
+from .budget import Budget, Widths
 from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Perplexity, Verification, measure_perplexity, verify
 from .export import RECIPE_FILE, Export, Layout, lay_out
 from .hosts import Target, choose_target
-from .refit import ELIMINATION, Refit, eliminate, refit_best
-from .selection import FILLS, RANDOM, SCORES, Choice, choose_fill, kept_width, select
-from .sites import Site, find_sites
+from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
+from .selection import AUTO, FILLS, RANDOM, SCORES, Choice, choose_fill, select
+from .sites import HEAD, Site, cuttable_kinds, find_sites
 from .source import Source, open_source
 from .texts import (
     SAMPLES,
@@ -46,9 +48,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Size:
     """How large a checkpoint is."""
 
-    neurons: int  # of the MLP, over all blocks
+    neurons: Mapping[str, int]  # by the kind of site, over all blocks
     parameters: int
     bytes: int
+    cache: int  # bytes that a token takes in the KV cache; 0 where there is none
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ class Compression:
     model_class: str
     before: Size
     after: Size
-    share: float  # of the neurons that were cut
+    share: Mapping[str, float]  # of the neurons that were cut, by the kind of site
     perplexity_before: Perplexity | None
     perplexity_after: Perplexity | None
+    fills: Mapping[str, int]  # how many sites took which fill
     refits: Mapping[str, Refit]  # by the site's name; empty without the refit
     verification: Verification
 
@@ -71,9 +75,13 @@ class Compression:
 
 def compress(
     model: str,
-    ratio: float,
+    ratio: float | Mapping[str, float] | None = None,
     output: str | Path | None = None,
     *,
+    target_params: float | None = None,
+    target_bytes: int | None = None,
+    sites: Sequence[str] | None = None,
+    unit: str = HEAD,
     fill: str = "peak",
     refit: bool = True,
     score: str | None = None,
@@ -88,13 +96,18 @@ def compress(
     evaluate: str | Path | None = None,
     force: bool = False,
 ) -> Compression:
-    """Cut a share of a model's MLP neurons and write a smaller checkpoint that stock transformers loads.
+    """Cut a share of a model's neurons and write a smaller checkpoint that stock transformers loads.
 
     Args:
         model: a folder or a Hub id.
-        ratio: the share of the neurons to cut at every block.
+        ratio: the share of the neurons to cut at every site, or a share for each kind: {"mlp": 0.2, "attention": 0.33}.
+        target_params, target_bytes: instead of a ratio, the share of all parameters, or the bytes, that the result may
+            have at most; over two kinds of site, the split with the least predicted loss is taken.
+        sites: "mlp" (the default), "attention", or both; those that the ratio names, where it names any.
+        unit: what leaves an attention together: a "head" (as many of every KV group) or a whole KV "group".
         output: the folder to write; `./<name>-peak-<ratio>` by default.
-        fill: the constant a cut neuron is held at: peak, mean, median or zero.
+        fill: the constant a cut neuron is held at: peak, mean, median, zero, or auto: per site, what is best on
+            held-out tokens.
         refit: let the kept columns and the bias take over, by least squares, what the cut neurons did.
         score: what ranks the neurons: elimination (needs the refit, and is its default), deviation (about the fill; the
             default without), activation-norm, variance, weight-norm or random.
@@ -116,25 +129,37 @@ def compress(
     """
     score = score or (ELIMINATION if refit else "deviation")
     _check_options(fill, score, refit, stats, samples)
+    budget = Budget(ratio, target_params, target_bytes)
     source = open_source(model, revision)
-    sites = find_sites(source.blank, source.family)
-    kept = kept_width(sites[0].neurons, ratio, multiple_of)
-    target = choose_target(source, kept, source.dtype)
-    layout = lay_out(source, sites, target)
-    measured = None if stats is None else _measured_before(Path(stats), source, sites)
+    found = find_sites(source.blank, source.family, budget.kinds(sites), unit)
+    measured = None if stats is None else _measured_before(Path(stats), source, found)
     scored = _find_scored(source, evaluate, sequence_length)
-    folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{ratio}")
+    splits = budget.splits(source, found, multiple_of)
+    kept = splits[0]
+    if len(splits) > 1:
+        if stats is not None:
+            raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
+        measured = measure(source, found, calibration, samples, sequence_length, dtype, seed, with_grams=True)
+        kept = _choose_split(source, measured, splits, fill, score, refit)
+        measured = None
+    found = [site for site in found if site.kind in kept]
+    target = choose_target(source, found, kept, source.dtype)
+    layout = lay_out(source, found, target)
+    folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{budget.label}")
     partial = _prepare_output(folder, force, layout)
     try:
+        fills: dict[str, str] = {}
         refits: dict[str, Refit] = {}
         if measured is None:
-            measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed, with_grams=refit)
+            with_grams = refit or fill == AUTO
+            measured = measure(source, found, calibration, samples, sequence_length, dtype, seed, with_grams)
         with Export(source, target, layout, partial) as export:
             for observed in measured.sites:
-                choice, fitted = _choose(source, observed, kept, fill, score, seed)
-                export.write_site(observed.site, choice)
-                if fitted is not None:
-                    refits[observed.site.name] = fitted
+                decision = choose(source, observed, kept[observed.site.kind], fill, score, refit, seed)
+                export.write_site(observed.site, decision.choice)
+                fills[observed.site.name] = decision.fill
+                if decision.refit is not None:
+                    refits[observed.site.name] = decision.refit
             digests = export.finish()
         text = f"held-out windows of {measured.windows.source}" if evaluate is None else Path(evaluate).name
         scored = measured.windows.held_out if scored is None else scored
@@ -142,11 +167,21 @@ def compress(
         compute = DTYPES[measured.options["dtype"]]
         before = measure_perplexity(source, scored, text, compute) if len(scored) else None
         after = measure_perplexity(written, scored, text, compute) if len(scored) else None
-        choices = {"ratio": ratio, "fill": fill, "score": score, "multiple_of": multiple_of, "refit": refit}
+        choices = {
+            **budget.options,
+            "sites": sorted(kept),
+            "unit": unit,
+            "fill": fill,
+            "score": score,
+            "multiple_of": multiple_of,
+            "refit": refit,
+        }
         recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
             "before": asdict(_measure_size(source)),
             "after": asdict(_measure_size(written)),
             "perplexity": {"before": before and asdict(before), "after": after and asdict(after)},
+            "kept": kept,
+            "fills": fills,
             "refits": {name: asdict(fitted) for name, fitted in refits.items()},
             "tensors": digests,
         }
@@ -172,9 +207,10 @@ def compress(
         model_class=target.model_class.__name__,
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
-        share=1 - kept / sites[0].neurons,
+        share={site.kind: 1 - kept[site.kind] / site.neurons for site in found},
         perplexity_before=before,
         perplexity_after=after,
+        fills=dict(Counter(fills.values())),
         refits=refits,
         verification=verification,
     )
@@ -206,7 +242,7 @@ def save_statistics(
     if path.exists() and not force:
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
     source = open_source(model, revision)
-    sites = find_sites(source.blank, source.family)
+    sites = find_sites(source.blank, source.family, cuttable_kinds(source.family))
     measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed)
     stats = {observed.site.name: observed.stats for observed in measured.sites}
     statistics = Statistics(stats, measured.windows, measured.options)
@@ -255,22 +291,71 @@ def measure(
     return Measured(windows, options, calibrate(source, sites, batches, DTYPES[options["dtype"]], with_grams))
 
 
-def _choose(
-    source: Source, observed: Observed, kept: int, fill: str, score: str, seed: int
-) -> tuple[Choice, Refit | None]:
-    """What stays of a site, refitted where its Gram matrices were taken."""
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one site."""
+
+    choice: Choice
+    fill: str
+    refit: Refit | None = None  # None without the refit
+
+
+def choose(
+    source: Source, observed: Observed, kept: int, fill: str, score: str, refit: bool = True, seed: int = 0
+) -> Decision:
+    """What stays of a site, at which fill, and refitted if asked for."""
     site, summary = observed.site, observed.stats.summarize()
     weight = site.as_matrix(source.read(site.weight))
-    if score == ELIMINATION and observed.grams is not None:
-        fitted, held_out = observed.grams
-        keep = eliminate(weight, fitted.merged(held_out).covariance(), kept)
-        choice = Choice(keep, choose_fill(summary, fill))
-    else:
-        choice = select(summary, weight, kept, fill, score, seed + site.block)
-    if observed.grams is None:
-        return choice, None
     bias = source.read(site.bias) if site.bias in source.names else None
-    return refit_best(weight, bias, choice, *observed.grams)
+    choices: dict[str, Choice] = {}
+    if score == ELIMINATION:
+        assert observed.grams is not None
+        fitted, held_out = observed.grams
+        keep = eliminate(site, weight, fitted.merged(held_out).moments().covariance, kept)
+        for name in FILLS if fill == AUTO else [fill]:
+            choices[name] = Choice(keep, choose_fill(summary, name))
+    else:
+        for name in FILLS if fill == AUTO else [fill]:
+            choices[name] = select(site, summary, weight, kept, name, score, seed + site.block)
+    best = fill
+    if fill == AUTO:
+        assert observed.grams is not None
+        _, held_out = observed.grams
+        errors = {name: output_error(weight, bias, choice, held_out.moments()) for name, choice in choices.items()}
+        best = min(errors, key=lambda name: errors[name])
+    if not refit:
+        return Decision(choices[best], best)
+    assert observed.grams is not None
+    choice, fitted_well = refit_best(weight, bias, choices[best], *observed.grams)
+    return Decision(choice, best, fitted_well)
+
+
+def _choose_split(
+    source: Source, measured: Measured, splits: Sequence[Widths], fill: str, score: str, refit: bool
+) -> Widths:
+    """The split of a target over the kinds of site that loses least.
+
+    The loss is the error of the sites' outputs on held-out tokens, as a share of the hidden states that they are added
+    to, summed over all sites.
+    """
+    losses = [0.0] * len(splits)
+    for observed in measured.sites:
+        assert observed.grams is not None
+        assert observed.power is not None
+        site = observed.site
+        weight = site.as_matrix(source.read(site.weight))
+        bias = source.read(site.bias) if site.bias in source.names else None
+        held_out = observed.grams[1].moments()
+        errors: dict[int, float] = {site.neurons: 0.0}
+        for number, kept in enumerate(splits):
+            width = kept.get(site.kind, site.neurons)
+            if width not in errors:
+                decision = choose(source, observed, width, fill, score, refit)
+                errors[width] = output_error(weight, bias, decision.choice, held_out) / observed.power
+            losses[number] += errors[width]
+    for kept, loss in zip(splits, losses, strict=True):
+        log.info("split %s: predicted loss %.4f", kept, loss)
+    return splits[min(range(len(splits)), key=lambda number: losses[number])]
 
 
 def _measured_before(path: Path, source: Source, sites: Sequence[Site]) -> Measured:
@@ -280,8 +365,10 @@ def _measured_before(path: Path, source: Source, sites: Sequence[Site]) -> Measu
 
 
 def _check_options(fill: str, score: str, refit: bool, stats: str | Path | None, samples: int) -> None:
-    if fill not in FILLS:
-        raise UsageError(f"--fill {fill}: expected one of {', '.join(FILLS)}.")
+    if fill not in (*FILLS, AUTO):
+        raise UsageError(f"--fill {fill}: expected one of {', '.join((*FILLS, AUTO))}.")
+    if fill == AUTO and stats is not None:
+        raise UsageError(f"--stats holds no held-out tokens, which --fill {AUTO} needs; name a fill.")
     _check_samples(samples)
     if score not in (*SCORES, RANDOM, ELIMINATION):
         raise UsageError(f"--score {score}: expected one of {', '.join((*SCORES, RANDOM, ELIMINATION))}.")
@@ -333,8 +420,13 @@ def _prepare_output(folder: Path, force: bool, layout: Layout) -> Path:
 
 
 def _measure_size(source: Source) -> Size:
-    neurons = sum(site.neurons for site in find_sites(source.blank, source.family))
-    return Size(neurons=neurons, parameters=source.parameters, bytes=source.size)
+    neurons: Counter[str] = Counter()
+    cache = 0
+    for site in find_sites(source.blank, source.family, cuttable_kinds(source.family)):
+        neurons[site.kind] += site.neurons
+        if site.kind == "attention" and source.blank.can_generate():
+            cache += 2 * site.settings["num_key_value_heads"] * site.settings["head_dim"] * source.dtype.itemsize
+    return Size(dict(neurons), source.parameters, source.size, cache)
 
 
 def _write_recipe(source: Source, target: Target, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
@@ -342,7 +434,7 @@ def _write_recipe(source: Source, target: Target, options: Mapping[str, Any], wi
     return {
         "prune_peak": __version__,
         "source": {"model": source.name, "revision": source.revision, "digest": source.digest},
-        "options": {"sites": "mlp", **options},
+        "options": dict(options),
         "calibration_digest": windows.digest,
         "host": target.model_class.__name__,
         "versions": {

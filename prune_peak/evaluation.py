@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint, load_tensors, tensor_bytes
 from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, cut_site
 from .selection import Choice
-from .sites import Site, find_sites
+from .sites import GROUP, HEAD, KINDS, Site, find_sites
 from .source import Source, open_source
 
 FLOAT32_BOUND = 2e-5  # largest difference, as a share of the logits' largest magnitude
@@ -103,9 +103,10 @@ def verify(folder: Path, original: Source | None = None) -> Verification:
         _check_loading(result, folder)
     if result.passed and original is not None:
         plan = read_plan(folder)
-        sites = find_sites(original.blank, original.family)
+        options = recipe["options"]
+        sites = find_sites(original.blank, original.family, options["sites"], options["unit"])
         _check_plan(sites, plan, original)
-        if recipe["options"]["refit"]:
+        if options["refit"]:
             plan = _with_refits(plan, sites, open_source(str(folder)))
         _check_tensors(result, folder, original, sites, plan)
         _check_outputs(result, folder, original, sites, plan)
@@ -116,8 +117,10 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe of a folder that prune-peak wrote."""
     try:
         recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-        if not isinstance(recipe["tensors"], dict) or not isinstance(recipe["options"]["refit"], bool):
-            raise TypeError("tensors and options.refit")
+        options = recipe["options"]
+        well_formed = isinstance(recipe["tensors"], dict) and isinstance(options["refit"], bool)
+        if not well_formed or not set(options["sites"]) <= set(KINDS) or options["unit"] not in (HEAD, GROUP):
+            raise TypeError("tensors, options.refit, options.sites, options.unit")
     except (OSError, ValueError, KeyError, TypeError):
         raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
     return dict(recipe)

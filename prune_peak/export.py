@@ -112,7 +112,10 @@ def cut_site(source: Source, site: Site, choice: Choice) -> dict[str, Tensor]:
 
     A refitted reader is taken as it is.
     """
-    tensors = {name: cut(source.read(name), choice.keep, axis) for name, axis in site.cuts.items()}
+    tensors = {}
+    for name, axis in site.cuts.items():
+        tensor = source.read(name)
+        tensors[name] = cut(tensor, site.rows(choice.keep, tensor.shape[axis]), axis)
     weight = site.as_matrix(source.read(site.weight))
     if choice.weight is not None and choice.bias is not None:
         return tensors | {site.weight: site.as_matrix(choice.weight), site.bias: choice.bias}

@@ -5,7 +5,7 @@ Counts, widths, Linear or Conv1D, and whether a bias is there are asked of the c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,33 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Names inside one block: what makes queries, keys and values, and what reads the heads."""
+
+    query: str
+    key: str
+    value: str
+    reader: str
+    bias_key: str | None = None  # the config key that gives the reader a bias, where it has none by nature
+
+
+@dataclass(frozen=True)
 class Family:
     """One row of the table."""
 
     model_type: str
     blocks: str  # path of the list of blocks, from the base model
     mlp: MLP
+    attention: Attention | None = None  # None where no stock class can hold it narrower
     hosts: tuple[str, ...] = ("own",)  # the classes that can hold the result, best first (`hosts.py`)
     host_settings: Mapping[str, object] = field(default_factory=dict)  # what is fixed here and optional in the hosts
 
 
 LLAMA_MLP = MLP(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size", "mlp_bias")
+
+LLAMA_ATTENTION = Attention(
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "attention_bias"
+)
 
 # Llama's mathematics without a bias to fold into: Llama itself holds them where the heads divide the hidden size,
 # Granite where they do not, SmolLM3 where attention has a sliding window.
@@ -40,15 +56,26 @@ FAMILIES = {
     for family in (
         Family("gpt2", "h", MLP(("mlp.c_fc",), "mlp.c_proj", "n_inner")),
         Family("gpt_neox", "layers", MLP(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "intermediate_size")),
-        Family("granite", "layers", LLAMA_MLP),
-        Family("llama", "layers", LLAMA_MLP),
-        Family("mistral", "layers", LLAMA_MLP, LLAMA_HOSTS),
+        Family("granite", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        # Llama itself refuses heads that do not divide the hidden size
+        Family("llama", "layers", LLAMA_MLP, LLAMA_ATTENTION, ("own", "granite")),
+        Family("mistral", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS),
         # Galactica is an OPT without biases
         Family("opt", "decoder.layers", MLP(("fc1",), "fc2", "ffn_dim", "enable_bias")),
-        Family("phi", "layers", MLP(("mlp.fc1",), "mlp.fc2", "intermediate_size")),
+        Family(
+            "phi",
+            "layers",
+            MLP(("mlp.fc1",), "mlp.fc2", "intermediate_size"),
+            Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
+        ),
         # Qwen2 always has biases on q, k and v, and never one on o
-        Family("qwen2", "layers", LLAMA_MLP, LLAMA_HOSTS, {"attention_bias": True}),
-        Family("smollm3", "layers", LLAMA_MLP),
-        Family("starcoder2", "layers", MLP(("mlp.c_fc",), "mlp.c_proj", "intermediate_size", "use_bias")),
+        Family("qwen2", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS, {"attention_bias": True}),
+        Family("smollm3", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        Family(
+            "starcoder2",
+            "layers",
+            MLP(("mlp.c_fc",), "mlp.c_proj", "intermediate_size", "use_bias"),
+            replace(LLAMA_ATTENTION, bias_key="use_bias"),
+        ),
     )
 }

@@ -5,17 +5,18 @@ not refuse is written.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import GraniteConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, SmolLM3Config
 
 from .errors import PrunePeakError
+from .sites import Site
 from .source import Blueprint, find_class
 
 # Keys that every config has and no computation reads
-IDENTITY = {"architectures", "model_type", "transformers_version", "_name_or_path"}
+IDENTITY = {"architectures", "model_type", "transformers_version", "_name_or_path", "pretraining_tp"}
 
 # Keys that say where attention is windowed; read by `_layer_types`
 WINDOW_KEYS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
@@ -36,7 +37,12 @@ class HostError(Exception):
 
 def own(config: PreTrainedConfig) -> PreTrainedConfig:
     """The source's own class."""
-    return copy.deepcopy(config)
+    try:
+        type(config)(**config.to_dict())  # only a new config is checked
+    except Exception as error:  # the strict config classes raise their own kinds
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise HostError(f"{config.model_type} refuses the smaller shape: {reason}") from None
+    return config
 
 
 def llama(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -90,20 +96,28 @@ ENGINES = {
 }
 
 
-def choose_target(source: Blueprint, kept: int, dtype: torch.dtype) -> Target:
-    """The best host of the source's family for an MLP of `kept` neurons, with its bias opened."""
+def choose_target(source: Blueprint, sites: Sequence[Site], kept: Mapping[str, int], dtype: torch.dtype) -> Target:
+    """The best host of the source's family.
+
+    Args:
+        sites: those that are cut.
+        kept: neurons left at every site, by the site's kind.
+        dtype: of the weights.
+    """
     family, reasons = source.family, []
+    settings: dict[str, object] = {}
+    for site in sites:
+        settings |= site.settings_at(kept[site.kind])
+    smaller = copy.deepcopy(source.config)
+    smaller.update(settings)
     for name in family.hosts:
         try:
-            config = HOSTS[name](source.config)
+            config = HOSTS[name](smaller)
         except HostError as reason:
             reasons.append(str(reason))
             continue
         if name != "own":
-            config.update(dict(family.host_settings))
-        setattr(config, family.mlp.width_key, kept)
-        if family.mlp.bias_key is not None:
-            setattr(config, family.mlp.bias_key, True)
+            config.update({**family.host_settings, **settings})
         config.dtype = dtype
         model_class = source.model_class if name == "own" else _same_head(source, config)
         config.architectures = [model_class.__name__]

@@ -4,21 +4,22 @@
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .blocks import BlockStream
+from .budget import Budget, Ratio, count_parameters
 from .calibration import BATCH_TOKENS, calibrate, default_dtype, into_batches
 from .evaluation import DECODED, PROBES, WHOLE_SIZE
 from .hosts import ENGINES, choose_target
-from .selection import kept_width, unit
-from .sites import find_blocks, find_sites
+from .selection import width_step
+from .sites import HEAD, Site, cuttable_kinds, find_blocks, find_sites
 from .source import Source, build_blank, open_blueprint, open_source
 from .texts import (
-    OWN_TEXT_BATCH,
+    PASSAGES,
     SAMPLES,
     SELF,
     SEQUENCE_LENGTH,
@@ -39,6 +40,17 @@ SHORT_SAMPLE, LONGER_SAMPLE = 4, 20  # tokens
 
 
 @dataclass(frozen=True)
+class Cuttable:
+    """The sites of one kind, and what a ratio leaves of each."""
+
+    kind: str
+    neurons: int  # at every site
+    step: int  # neurons by which it gets narrower
+    kept: int  # neurons; all of them where the kind is not cut
+    constants: str  # where they go
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A model, what can be cut from it, and what a ratio would give."""
 
@@ -47,18 +59,15 @@ class Inspection:
     model_class: str
     dtype: str
     blocks: int
-    neurons: int  # of the MLP, a block
-    unit: int  # kept widths are a multiple of it
+    sites: tuple[Cuttable, ...]
     parameters: int
     bytes: int
-    ratio: float
-    kept: int  # neurons a block
+    asked: str  # the ratio or target
     parameters_after: int
     bytes_after: int
     share: float  # of the parameters that would leave
     written_as: str
     why: str  # what the better hosts lack; empty where there is none better
-    constants: str
     engines: tuple[str, ...]  # serving engines that read the written class
 
     def to_json(self) -> dict[str, Any]:
@@ -66,53 +75,74 @@ class Inspection:
 
 
 def inspect(
-    model: str, ratio: float = RATIO, multiple_of: int | None = None, revision: str | None = None
+    model: str,
+    ratio: Ratio | None = None,
+    *,
+    target_params: float | None = None,
+    target_bytes: int | None = None,
+    sites: Sequence[str] | None = None,
+    unit: str = HEAD,
+    multiple_of: int | None = None,
+    revision: str | None = None,
 ) -> Inspection:
-    """Say what `compress` would do to a model, from its config.
+    """Say what `compress` would do to a model, from its config; the ratio is 0.3 where nothing else is asked for.
+
+    Where a target can be split over two kinds of site in several ways, the one that cuts them most evenly is reckoned
+    with; `compress` measures which is best.
 
     Raises:
         PrunePeakError: the model type is not known, or the ratio does nothing.
 
     Example:
         >>> inspection = inspect("examples/llama-mini", 0.5)
-        >>> inspection.neurons, inspection.kept, inspection.written_as
-        (384, 192, 'LlamaForCausalLM')
+        >>> [(site.kind, site.neurons, site.kept) for site in inspection.sites]
+        [('mlp', 384, 192), ('attention', 128, 128)]
     """
     blueprint = open_blueprint(model, revision)
     dtype = blueprint.config.dtype or torch.float32
-    sites = find_sites(blueprint.blank, blueprint.family)
-    neurons = sites[0].neurons
-    kept = kept_width(neurons, ratio, multiple_of)
-    target = choose_target(blueprint, kept, dtype)
+    if target_params is None and target_bytes is None and ratio is None:
+        ratio = RATIO
+    budget = Budget(ratio, target_params, target_bytes)
+    cut = find_sites(blueprint.blank, blueprint.family, budget.kinds(sites), unit)
+    first = {site.kind: site for site in cut}
+    splits = budget.splits(blueprint, cut, multiple_of)
+    kept = min(splits, key=lambda widths: max(1 - width / first[kind].neurons for kind, width in widths.items()))
+    target = choose_target(blueprint, [site for site in cut if site.kind in kept], kept, dtype)
     before = count_parameters(blueprint.blank)
     after = count_parameters(build_blank(target.model_class, target.config))
-    mlp, key = blueprint.family.mlp, blueprint.family.mlp.bias_key
+    whole = find_sites(blueprint.blank, blueprint.family, cuttable_kinds(blueprint.family), unit)
+    every = {site.kind: site for site in whole}
     return Inspection(
         model=model,
         model_type=blueprint.family.model_type,
         model_class=blueprint.model_class.__name__,
         dtype=str(dtype).removeprefix("torch."),
-        blocks=len(sites),
-        neurons=neurons,
-        unit=multiple_of or unit(neurons),
+        blocks=1 + whole[-1].block,
+        sites=tuple(
+            Cuttable(
+                kind,
+                every[kind].neurons,
+                width_step(every[kind], multiple_of),
+                kept.get(kind, every[kind].neurons),
+                _place_of_constants(every[kind]),
+            )
+            for kind in cuttable_kinds(blueprint.family)
+        ),
         parameters=before,
         bytes=before * dtype.itemsize,
-        ratio=ratio,
-        kept=kept,
+        asked=budget.label,
         parameters_after=after,
         bytes_after=after * dtype.itemsize,
         share=1 - after / before,
         written_as=target.model_class.__name__,
         why=target.why,
-        constants=f"bias of {mlp.reader}" + (f", opened by {key}" if key else ""),
         engines=ENGINES[target.config.model_type],
     )
 
 
-def count_parameters(blank: PreTrainedModel) -> int:
-    """Parameters of a model on `meta`, tied ones once."""
-    twins = blank.all_tied_weights_keys
-    return sum(tensor.numel() for name, tensor in blank.state_dict().items() if name not in twins)
+def _place_of_constants(site: Site) -> str:
+    reader = site.name.split(f".{site.block}.", 1)[1]
+    return f"bias of {reader}" + (f", opened by {site.bias_key}" if site.bias_key else "")
 
 
 @dataclass(frozen=True)
@@ -129,8 +159,12 @@ class Cost:
 
 def estimate(
     model: str,
-    ratio: float,
+    ratio: Ratio | None = None,
     *,
+    target_params: float | None = None,
+    target_bytes: int | None = None,
+    sites: Sequence[str] | None = None,
+    unit: str = HEAD,
     refit: bool = True,
     multiple_of: int | None = None,
     revision: str | None = None,
@@ -145,7 +179,16 @@ def estimate(
     Raises:
         PrunePeakError: what `compress` would refuse of the model.
     """
-    inspection = inspect(model, ratio, multiple_of, revision)
+    inspection = inspect(
+        model,
+        ratio,
+        target_params=target_params,
+        target_bytes=target_bytes,
+        sites=sites,
+        unit=unit,
+        multiple_of=multiple_of,
+        revision=revision,
+    )
     source = open_source(model, revision)
     compute = getattr(torch, dtype or default_dtype(source))
     length = window_length(source, sequence_length)
@@ -153,7 +196,9 @@ def estimate(
     block = find_blocks(source.blank, source.family)[0]
     embedding = source.blank.get_input_embeddings().weight.numel()
     # Seconds that a token takes in a block, with and without statistics, and in the head
-    observed, bare = _time_block(source, length, compute, refit)
+    kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
+    neurons = max(site.neurons for site in inspection.sites)
+    observed, bare = _time_block(source, kinds, length, compute, refit)
     head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
     forward = bare * inspection.blocks + head
     seconds = START_SECONDS + observed * inspection.blocks * samples * length
@@ -161,25 +206,28 @@ def estimate(
 
     weights = sum(parameter.numel() for parameter in block.parameters()) + 2 * embedding
     states = samples * length * source.config.hidden_size
-    activations = BATCH_TOKENS * (4 * inspection.neurons + 8 * source.config.hidden_size)
+    activations = BATCH_TOKENS * (4 * neurons + 8 * source.config.hidden_size)
     memory = (weights + states + activations) * compute.itemsize + 12 * length * source.config.vocab_size
     if source.size <= WHOLE_SIZE:  # one model whole in float32, and the logits of three
         memory = max(memory, 4 * source.parameters + 12 * PROBED_TOKENS * source.config.vocab_size)
     if refit:  # two sums of products in float32, and some copies of them in float64
-        memory = max(memory, weights * compute.itemsize + 40 * inspection.neurons**2)
+        memory = max(memory, weights * compute.itemsize + 40 * neurons**2)
     if calibration == SELF and not own_text_cache(source, samples + held, length, seed).is_file():
         seconds += _time_sampling(source, seed) * (samples + held) * length
         memory = max(memory, 2 * source.size)
     return inspection, Cost(round(seconds / 60, 2), BASE_MEMORY + memory, inspection.bytes_after)
 
 
-def _time_block(source: Source, length: int, dtype: torch.dtype, refit: bool) -> tuple[float, float]:
+def _time_block(
+    source: Source, kinds: Sequence[str], length: int, dtype: torch.dtype, refit: bool
+) -> tuple[float, float]:
     """Seconds a token takes in the first block: with its statistics taken, and without."""
     windows = torch.randint(source.config.vocab_size, (2 * max(1, BATCH_TOKENS // length), length))
     batches = into_batches(windows)
-    site = find_sites(source.blank, source.family)[0]
+    sites = [site for site in find_sites(source.blank, source.family, kinds) if site.block == 0]
     began = time.perf_counter()
-    next(iter(calibrate(source, [site], batches, dtype, with_grams=refit)))
+    for _ in calibrate(source, sites, batches, dtype, with_grams=refit):
+        pass
     observed = time.perf_counter() - began
     steps = BlockStream(source, batches, dtype).steps()  # named, for its weights leave with it
     step = next(steps)
@@ -195,6 +243,6 @@ def _time_sampling(source: Source, seed: int) -> float:
     seconds = []
     for length in (SHORT_SAMPLE, LONGER_SAMPLE):
         began = time.perf_counter()
-        sample_own_text(source, OWN_TEXT_BATCH, length, seed)
+        sample_own_text(source, PASSAGES, length, seed)
         seconds.append(time.perf_counter() - began)
-    return max(0.0, seconds[1] - seconds[0]) / (LONGER_SAMPLE - SHORT_SAMPLE) / OWN_TEXT_BATCH
+    return max(0.0, seconds[1] - seconds[0]) / (LONGER_SAMPLE - SHORT_SAMPLE) / PASSAGES

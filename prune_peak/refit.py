@@ -20,21 +20,32 @@ from torch import Tensor
 
 from .folding import fold
 from .selection import Choice
+from .sites import Site
 
 ELIMINATION = "elimination"  # the score's name
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, math.inf)
 ELIMINATION_RIDGE = 1e-2
 ELIMINATION_STEPS = 16  # neurons leave in so many equal parts; between two, the inverse is brought up to date
+TRIANGLE_BLOCK = 256  # columns
 HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Means and covariances of all neurons of a site."""
+
+    mean: Tensor  # (neurons,) float64
+    covariance: Tensor  # (neurons, neurons) float64
+
+
 class Gram:
-    """First and second moments of all neurons together, about a pivot.
+    """Sums and sums of products of all neurons of a site, about a pivot.
 
     Example:
         >>> gram = Gram(torch.zeros(2))
         >>> gram.add(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
-        >>> gram.mean().tolist(), gram.covariance().tolist()
+        >>> moments = gram.moments()
+        >>> moments.mean.tolist(), moments.covariance.tolist()
         ([2.0, 0.0], [[1.0, 0.0], [0.0, 0.0]])
     """
 
@@ -49,7 +60,10 @@ class Gram:
         centred = values.float() - self.pivot
         self.count += len(values)
         self.sum += centred.sum(0, dtype=torch.float64)
-        self.products.addmm_(centred.T, centred)
+        # the products are symmetric: the blocks of the lower triangle are enough
+        for start in range(0, len(self.pivot), TRIANGLE_BLOCK):
+            columns = centred[:, start : start + TRIANGLE_BLOCK]
+            self.products[start:, start : start + TRIANGLE_BLOCK].addmm_(centred[:, start:].T, columns)
 
     def merged(self, other: "Gram") -> "Gram":
         """Both together; they must share the pivot."""
@@ -58,14 +72,11 @@ class Gram:
         both.products = self.products + other.products
         return both
 
-    def mean(self) -> Tensor:
-        """(neurons,) float64."""
-        return self.pivot.double() + self.sum / self.count
-
-    def covariance(self) -> Tensor:
-        """(neurons, neurons) float64."""
+    def moments(self) -> Moments:
         shift = self.sum / self.count
-        return self.products.double().div_(self.count).addr_(shift, shift, alpha=-1)
+        lower = self.products.tril().double()
+        products = lower.add_(lower.tril(-1).T)
+        return Moments(self.pivot.double() + shift, products.div_(self.count).addr_(shift, shift, alpha=-1))
 
 
 @dataclass(frozen=True)
@@ -76,13 +87,16 @@ class Refit:
     error: float  # held-out mean squared error of the output, as a share of that of the pure fold
 
 
-def eliminate(weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
+def eliminate(site: Site, weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
     """The neurons to keep when the rest is refitted: backward elimination. Sorted indices, (kept,).
 
     Args:
+        site: says which neurons leave together.
         weight: (hidden, neurons).
         covariance: (neurons, neurons) float64.
     """
+    if site.unit > 1:
+        return _eliminate_units(site, weight, covariance, kept)
     remaining = torch.arange(weight.shape[1])
     inverse = _invert(_ridged(covariance, ELIMINATION_RIDGE))
     weight = weight.double()
@@ -100,14 +114,39 @@ def eliminate(weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
     return remaining
 
 
-def refit(weight: Tensor, bias: Tensor | None, choice: Choice, gram: Gram, ridge: float) -> tuple[Tensor, Tensor]:
+def _eliminate_units(site: Site, weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
+    """One unit at a time: that of the least loss, tr W_S [Cov^-1]_SS^-1 W_S', among groups that may still lose one."""
+    inverse = _invert(_ridged(covariance, ELIMINATION_RIDGE))
+    weight = weight.double().clone()
+    units = torch.arange(site.neurons).view(-1, site.unit)
+    left = set(range(len(units)))
+    each = len(units) // site.groups
+    may_leave = [each - kept // (site.unit * site.groups)] * site.groups
+    for _ in range(sum(may_leave)):
+        losses = {}
+        for number in sorted(left):
+            if may_leave[number // each]:
+                members = units[number]
+                columns = weight[:, members]
+                losses[number] = (torch.linalg.solve(inverse[members][:, members], columns.T) * columns.T).sum().item()
+        worst = min(losses, key=lambda number: losses[number])
+        out = units[worst]
+        gain = torch.linalg.solve(inverse[out][:, out], inverse[out])
+        weight -= weight[:, out] @ gain
+        inverse -= inverse[:, out] @ gain
+        left.remove(worst)
+        may_leave[worst // each] -= 1
+    return units[sorted(left)].flatten()
+
+
+def refit(weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     """The kept columns, (hidden, kept), and the bias, (hidden,), that stand in for the whole, in float32.
 
     Args:
         weight: (hidden, neurons), the output projection.
         bias: (hidden,) or None.
         choice: which neurons stay, and the fills of the others.
-        gram: of the neurons.
+        moments: of the neurons.
         ridge: as a share of the mean variance; infinity gives the pure fold.
     """
     folded, columns = fold(weight, bias, choice.fill, choice.keep), weight[:, choice.keep]
@@ -115,7 +154,7 @@ def refit(weight: Tensor, bias: Tensor | None, choice: Choice, gram: Gram, ridge
         return columns.float(), folded
     keep = choice.keep
     cut = _complement(keep, weight.shape[1])
-    covariance, mean, lost = gram.covariance(), gram.mean(), weight[:, cut].double()
+    covariance, mean, lost = moments.covariance, moments.mean, weight[:, cut].double()
     factor = torch.linalg.cholesky(_ridged(covariance[keep][:, keep], ridge, covariance))
     delta = torch.cholesky_solve(covariance[keep][:, cut] @ lost.T, factor).T
     shift = lost @ (mean[cut] - choice.fill[cut].double()) / (1 + ridge) - delta @ mean[keep]
@@ -126,20 +165,26 @@ def refit_best(
     weight: Tensor, bias: Tensor | None, choice: Choice, fitted: Gram, held_out: Gram
 ) -> tuple[Choice, Refit]:
     """The refit with the ridge that is best on held-out tokens, then fitted on all of them."""
-    covariance, mean = held_out.covariance().float(), held_out.mean()
-
-    def error(ridge: float) -> float:
-        columns, offset = refit(weight, bias, choice, fitted, ridge)
-        change = weight.float().clone()
-        change[:, choice.keep] -= columns
-        constant = change.double() @ mean + (0 if bias is None else bias.double()) - offset.double()
-        return float(((change @ covariance) * change).sum() + constant.square().sum())
-
-    errors = {ridge: error(ridge) for ridge in RIDGES}
+    errors = {}
+    first, other = fitted.moments(), held_out.moments()
+    for ridge in RIDGES:
+        columns, offset = refit(weight, bias, choice, first, ridge)
+        errors[ridge] = output_error(weight, bias, replace(choice, weight=columns, bias=offset), other)
+    del first, other
     best = min(errors, key=lambda ridge: errors[ridge])
-    columns, offset = refit(weight, bias, choice, fitted.merged(held_out), best)
+    columns, offset = refit(weight, bias, choice, fitted.merged(held_out).moments(), best)
     share = errors[best] / max(errors[math.inf], 1e-300)
     return replace(choice, weight=columns, bias=offset), Refit(None if best == math.inf else best, share)
+
+
+def output_error(weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments) -> float:
+    """The mean squared error of a site's output, summed over the hidden size, when a choice takes its place."""
+    columns = weight[:, choice.keep] if choice.weight is None else choice.weight
+    offset = fold(weight, bias, choice.fill, choice.keep) if choice.bias is None else choice.bias
+    change = weight.float().clone()
+    change[:, choice.keep] -= columns.float()
+    constant = change.double() @ moments.mean + (0 if bias is None else bias.double()) - offset.double()
+    return float(((change @ moments.covariance.float()) * change).sum() + constant.square().sum())
 
 
 def _complement(keep: Tensor, neurons: int) -> Tensor:
@@ -151,7 +196,9 @@ def _complement(keep: Tensor, neurons: int) -> Tensor:
 def _ridged(covariance: Tensor, ridge: float, whole: Tensor | None = None) -> Tensor:
     """The covariance with a share of the mean variance on its diagonal; dead neurons leave it invertible."""
     scale = (covariance if whole is None else whole).diagonal().mean().clamp_min(1e-30)
-    return covariance + torch.eye(len(covariance), dtype=covariance.dtype) * (ridge * scale)
+    ridged = covariance.clone()
+    ridged.diagonal().add_(ridge * scale)
+    return ridged
 
 
 def _invert(matrix: Tensor) -> Tensor:

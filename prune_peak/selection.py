@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from .errors import PrunePeakError, UsageError
+from .sites import Site
 from .stats import Summary
 
 # "Kept widths are a multiple of" by default: quantized formats and GPU kernels work in blocks of 32
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 32, 8, 512
 
 FILLS = ("peak", "mean", "median", "zero")
+AUTO = "auto"  # per site, the one that is best on held-out tokens
 
 
 @dataclass(frozen=True)
@@ -25,39 +27,37 @@ class Choice:
     bias: Tensor | None = None  # (hidden,)
 
 
-def kept_width(width: int, ratio: float, multiple: int | None = None) -> int:
-    """How many of `width` neurons stay when a share of `ratio` is cut: the nearest multiple of `multiple`.
+def kept_width(width: int, ratio: float, step: int) -> int:
+    """How many of `width` neurons stay when a share of `ratio` is cut: the nearest multiple of `step`.
 
     Raises:
         UsageError: a ratio that is not between 0 and 1.
         PrunePeakError: a ratio so small or large that nothing would be cut, or nothing kept.
 
     Example:
-        >>> kept_width(1536, 0.3)
+        >>> kept_width(1536, 0.3, 32)
         1088
     """
     if not 0 < ratio < 1:
         raise UsageError(f"ratio {ratio} is the share to cut; it must lie between 0 and 1.")
-    multiple = unit(width) if multiple is None else multiple
-    if multiple < 1:
-        raise UsageError(f"--multiple-of {multiple}: expected a whole number from 1.")
-    kept = round(width * (1 - ratio) / multiple) * multiple
+    kept = round(width * (1 - ratio) / step) * step
     if not 0 < kept < width:
         raise PrunePeakError(
-            f"ratio {ratio} of {width} neurons, in multiples of {multiple}, would "
+            f"ratio {ratio} of {width} neurons, in multiples of {step}, would "
             f"{'keep none' if kept == 0 else 'cut none'}. Choose another ratio, or a smaller --multiple-of."
         )
     return kept
 
 
-def unit(width: int) -> int:
-    """The multiple that kept widths have by default.
-
-    Example:
-        >>> unit(1536), unit(384)
-        (32, 8)
-    """
-    return MULTIPLE if width >= SMALL_WIDTH else SMALL_MULTIPLE
+def width_step(site: Site, multiple: int | None = None) -> int:
+    """The neurons by which a site gets narrower: one unit from every group, or a multiple of an MLP's width."""
+    if site.unit > 1:
+        return site.unit * site.groups
+    if multiple is None:
+        return MULTIPLE if site.neurons >= SMALL_WIDTH else SMALL_MULTIPLE
+    if multiple < 1:
+        raise UsageError(f"--multiple-of {multiple}: expected a whole number from 1.")
+    return multiple
 
 
 def choose_fill(summary: Summary, fill: str) -> Tensor:
@@ -103,10 +103,13 @@ SCORES: dict[str, Callable[[Summary, Tensor, Tensor], Tensor]] = {
 RANDOM = "random"  # the one score that needs a generator, not a function
 
 
-def select(summary: Summary, weight: Tensor, kept: int, fill: str, score: str = "deviation", seed: int = 0) -> Choice:
-    """Keep the neurons whose loss would hurt most; ties go to the lower index.
+def select(
+    site: Site, summary: Summary, weight: Tensor, kept: int, fill: str, score: str = "deviation", seed: int = 0
+) -> Choice:
+    """Keep the units whose loss would hurt most, as many of every group; ties go to the lower index.
 
     Args:
+        site: says which neurons leave together.
         weight: (hidden, neurons), the output projection.
         score: a name of `SCORES`, or "random".
         seed: of the random score; give every site its own.
@@ -116,5 +119,12 @@ def select(summary: Summary, weight: Tensor, kept: int, fill: str, score: str = 
         scores = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
     else:
         scores = SCORES[score](summary, values, weight)
-    order = scores.argsort(descending=True, stable=True)
-    return Choice(keep=order[:kept].sort().values, fill=values)
+    return Choice(keep=keep_best(site, scores, kept), fill=values)
+
+
+def keep_best(site: Site, scores: Tensor, kept: int) -> Tensor:
+    """The sorted neurons of the units with the highest sums of scores, as many of every group: (kept,)."""
+    units = scores.view(site.groups, -1, site.unit).sum(-1)
+    best = units.argsort(dim=1, descending=True, stable=True)[:, : kept // (site.unit * site.groups)].sort().values
+    first = torch.arange(site.groups)[:, None] * units.shape[1]
+    return ((first + best).flatten()[:, None] * site.unit + torch.arange(site.unit)).flatten()

@@ -1,26 +1,40 @@
 """A row of the table resolved on one model: where its neurons are made, and where they are read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .errors import PrunePeakError, UsageError
 from .families import Family
+
+KINDS = ("mlp", "attention")
+HEAD, GROUP = "head", "group"  # what leaves an attention together
 
 
 @dataclass(frozen=True)
 class Site:
-    """One output projection and the neurons it reads."""
+    """One output projection and the neurons it reads.
+
+    Neurons leave in units (a head's, a KV group's; in an MLP each alone), and the same number of units leaves every one
+    of `groups` equal parts, so that what is left has the regular shape that stock classes hold.
+    """
 
     kind: str
     block: int
     name: str  # path of the reading module, as `model.get_submodule` takes it
     neurons: int
     hidden: int
-    cuts: Mapping[str, int]  # every tensor with a neuron axis, and that axis
+    cuts: Mapping[str, int]  # every tensor with an axis that the units divide, and that axis
     transposed: bool  # the reader is a Conv1D, stored as (neurons, hidden)
+    settings: Mapping[str, int]  # config keys of widths and counts, as they stand
+    proportional: frozenset[str]  # those of them that shrink with the neurons
+    bias_key: str | None = None  # the config key that opens the reader's bias
+    unit: int = 1
+    groups: int = 1
 
     @property
     def weight(self) -> str:
@@ -34,35 +48,112 @@ class Site:
         """The reader's weight as (hidden, neurons), however it is stored."""
         return weight.T if self.transposed else weight
 
+    def rows(self, keep: Tensor, size: int) -> Tensor:
+        """The kept indices along an axis of `size` that the units divide, as they divide the neurons.
 
-def find_sites(model: PreTrainedModel, family: Family) -> list[Site]:
-    """The MLP sites of a model, one a block, in order."""
-    sites = []
+        Example: with a KV group of three heads as the unit, keys and values have a third of the neurons' rows.
+        """
+        each = size * self.unit // self.neurons
+        units = keep[:: self.unit] // self.unit
+        return (units[:, None] * each + torch.arange(each)).flatten()
+
+    def settings_at(self, kept: int) -> dict[str, object]:
+        """What the config says of this site when `kept` neurons are left, with a bias to fold into."""
+        settings: dict[str, object] = {
+            key: value * kept // self.neurons if key in self.proportional else value
+            for key, value in self.settings.items()
+        }
+        return settings if self.bias_key is None else settings | {self.bias_key: True}
+
+
+def find_sites(model: PreTrainedModel, family: Family, kinds: Sequence[str] = ("mlp",), unit: str = HEAD) -> list[Site]:
+    """The sites of a model in the order they compute: block by block, attention before the MLP.
+
+    Raises:
+        UsageError: a kind or unit of another name.
+        PrunePeakError: no stock class can hold a narrower attention of this family.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"--sites {kind}: expected {', '.join(KINDS)}, or both with a comma between.")
+    if unit not in (HEAD, GROUP):
+        raise UsageError(f"--unit {unit}: expected {HEAD} or {GROUP}.")
     path = blocks_path(model, family)
+    sites = []
     for index in range(len(find_blocks(model, family))):
-        block = f"{path}.{index}"
-        reader = model.get_submodule(f"{block}.{family.mlp.reader}")
-        assert isinstance(reader.weight, nn.Parameter)
-        neuron_axis = 0 if isinstance(reader, Conv1D) else 1
-        neurons, hidden = reader.weight.shape[neuron_axis], reader.weight.shape[1 - neuron_axis]
-        cuts = {f"{block}.{family.mlp.reader}.weight": neuron_axis}
-        for name in family.mlp.makers:
-            maker = model.get_submodule(f"{block}.{name}")
-            cuts[f"{block}.{name}.weight"] = 1 if isinstance(maker, Conv1D) else 0
-            if maker.bias is not None:
-                cuts[f"{block}.{name}.bias"] = 0
-        sites.append(
-            Site(
-                kind="mlp",
-                block=index,
-                name=f"{block}.{family.mlp.reader}",
-                neurons=neurons,
-                hidden=hidden,
-                cuts=cuts,
-                transposed=isinstance(reader, Conv1D),
-            )
-        )
+        if "attention" in kinds:
+            sites.append(_find_attention(model, family, f"{path}.{index}", index, unit))
+        if "mlp" in kinds:
+            sites.append(_find_mlp(model, family, f"{path}.{index}", index))
     return sites
+
+
+def cuttable_kinds(family: Family) -> tuple[str, ...]:
+    """The kinds of site that a stock class can hold smaller."""
+    return KINDS if family.attention is not None else ("mlp",)
+
+
+def _find_mlp(model: PreTrainedModel, family: Family, block: str, index: int) -> Site:
+    mlp = family.mlp
+    name = f"{block}.{mlp.reader}"
+    neurons, hidden, transposed = _measure_reader(model, name)
+    cuts = {f"{name}.weight": 0 if transposed else 1}
+    for maker in mlp.makers:
+        cuts |= _rows_of(model, f"{block}.{maker}")
+    settings = {mlp.width_key: neurons}
+    return Site(
+        "mlp", index, name, neurons, hidden, cuts, transposed, settings, frozenset(settings), bias_key=mlp.bias_key
+    )
+
+
+def _find_attention(model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
+    attention, config = family.attention, model.config
+    if attention is None:
+        raise PrunePeakError(
+            f"no stock class can hold a narrower attention of the family {family.model_type}, "
+            "so nothing would be saved; cut its MLP (--sites mlp)."
+        )
+    name = f"{block}.{attention.reader}"
+    neurons, hidden, transposed = _measure_reader(model, name)
+    heads = config.num_attention_heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
+    head_dim = neurons // heads
+    cuts = {f"{name}.weight": 0 if transposed else 1} | _rows_of(model, f"{block}.{attention.query}")
+    proportional = {"num_attention_heads"}
+    pairs_leave = unit == GROUP or pairs == heads
+    if pairs_leave:
+        cuts |= _rows_of(model, f"{block}.{attention.key}") | _rows_of(model, f"{block}.{attention.value}")
+        proportional.add("num_key_value_heads")
+    return Site(
+        "attention",
+        index,
+        name,
+        neurons,
+        hidden,
+        cuts,
+        transposed,
+        {"num_attention_heads": heads, "num_key_value_heads": pairs, "head_dim": head_dim},
+        frozenset(proportional),
+        bias_key=attention.bias_key,
+        unit=neurons // pairs if pairs_leave else head_dim,
+        groups=1 if pairs_leave else pairs,
+    )
+
+
+def _measure_reader(model: PreTrainedModel, name: str) -> tuple[int, int, bool]:
+    """Neurons, hidden size, and whether it is a Conv1D."""
+    reader = model.get_submodule(name)
+    assert isinstance(reader.weight, nn.Parameter)
+    transposed = isinstance(reader, Conv1D)
+    neurons, hidden = reader.weight.shape if transposed else reader.weight.shape[::-1]
+    return neurons, hidden, transposed
+
+
+def _rows_of(model: PreTrainedModel, name: str) -> dict[str, int]:
+    """The tensors of a module that makes neurons, with their axes."""
+    maker = model.get_submodule(name)
+    axes = {f"{name}.weight": 1 if isinstance(maker, Conv1D) else 0}
+    return axes if maker.bias is None else axes | {f"{name}.bias": 0}
 
 
 def blocks_path(model: PreTrainedModel, family: Family) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from .source import Source
 
 SAMPLES, SEQUENCE_LENGTH = 48, 512
 SELF = "self"
-OWN_TEXT_BATCH = 32  # windows that are sampled at once
+PASSAGE = 128  # tokens of own text that are sampled in one go; short ones are more diverse, and faster
+PASSAGES = 64  # sampled at once
 LONGEST_TEXT = 64 * 2**20  # characters read of a file; far more than any calibration takes
 LONGEST_DATA_SET = 4 * 2**20  # characters read of a data set, from its start
 
@@ -165,10 +167,10 @@ def choose_windows(name: str, source: Source, samples: int, length: int, seed: i
 
 
 def own_windows(source: Source, samples: int, length: int, seed: int) -> Windows:
-    """The model's own text: sampled at temperature 1 from BOS and a random second token, cached on disk.
+    """The model's own text: sampled at temperature 1, cached on disk.
 
-    Where a tokenizer has no BOS, EOS begins the text. Every window has its own second token, which is neither special
-    nor vocabulary padding; generation does not stop at EOS, so a window may hold several texts.
+    A window is a row of passages. Each begins with BOS (where a tokenizer has none: EOS) and a random token, and holds
+    no other special token.
     """
     held = held_out_count(samples)
     cached = own_text_cache(source, samples + held, length, seed)
@@ -186,7 +188,7 @@ def own_windows(source: Source, samples: int, length: int, seed: int) -> Windows
 
 def own_text_cache(source: Source, count: int, length: int, seed: int) -> Path:
     """Where a model's own text is kept once it is sampled: beside the Hub's cache."""
-    options = {"model": source.digest, "windows": count, "length": length, "seed": seed, "rule": 1}
+    options = {"model": source.digest, "windows": count, "length": length, "seed": seed, "rule": 2}
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
     return Path(HF_HOME) / "prune-peak" / f"own-text-{key}.safetensors"
 
@@ -206,16 +208,25 @@ def sample_own_text(source: Source, count: int, length: int, seed: int) -> Tenso
         raise PrunePeakError(
             f"{source.name} is a {source.model_class.__name__}, which generates no text; pass one with --calibration."
         )
-    # In place of the model's own settings: plain sampling, and no EOS to stop at
+    size = min(PASSAGE, length)
+    each = math.ceil(length / size)
+    # In place of the model's own settings: plain sampling of ordinary tokens, and so no EOS to stop at
+    others = sorted(set(range(source.config.vocab_size)) - set(ordinary.tolist()))
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, max_length=length
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=0,
+        max_length=size,
+        suppress_tokens=others or None,
     )
-    windows = []
-    with torch.random.fork_rng(devices=[]), tqdm(total=count, desc="own text", unit="window") as bar:
+    passages = []
+    with torch.random.fork_rng(devices=[]), tqdm(total=count * each, desc="own text", unit="passage") as bar:
         torch.manual_seed(seed)
-        for part in torch.empty(count, 1).split(OWN_TEXT_BATCH):
+        for part in torch.empty(count * each, 1).split(PASSAGES):
             second = ordinary[torch.randint(len(ordinary), part.shape)]
             prompt = torch.cat([torch.full_like(second, first), second], dim=1)
-            windows.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)))
+            passages.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)))
             bar.update(len(part))
-    return torch.cat(windows)
+    return torch.cat(passages).view(count, each * size)[:, :length].contiguous()

@@ -28,7 +28,18 @@ def law_table(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]
     rows: list[tuple[str, ...]] = []
     yield rows
     if request.config.getoption("--write-docs"):
-        columns = ("case", "`model_type`", "written as", "fill", "padded", "prefill", "decode", "before", "after")
+        columns = (
+            "case",
+            "`model_type`",
+            "cut",
+            "written as",
+            "fill",
+            "padded",
+            "prefill",
+            "decode",
+            "before",
+            "after",
+        )
         lines = [columns, ("---",) * len(columns), *sorted(rows)]
         table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
         LAW_TABLE.write_text(f"{LAW_INTRODUCTION}\n{table}\n")

@@ -122,6 +122,17 @@ def test_windows_begin_with_bos_where_the_tokenizer_adds_one(tmp_path: Path, tex
     assert bool((windows[:, 0] == 0).all())
 
 
+def test_own_text_is_passages_of_ordinary_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prune_peak.texts.PASSAGE", 8)
+    source = open_source(str(EXAMPLES / "llama-mini"))
+    windows = own_windows(source, 12, 20, seed=3).calibration
+    assert windows.shape == (12, 20)
+    starts = torch.zeros(20, dtype=torch.bool)
+    starts[[0, 8, 16]] = True
+    assert bool((windows[:, starts] == 0).all())  # BOS
+    assert bool((windows[:, ~starts] > 1).all())  # neither BOS nor EOS
+
+
 def test_own_text_begins_with_bos_and_an_ordinary_token() -> None:
     source = open_source(str(EXAMPLES / "llama-mini"))
     windows = own_windows(source, 12, 16, seed=3)

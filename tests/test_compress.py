@@ -52,7 +52,7 @@ def test_the_folder_is_whole(tmp_path: Path, text: Path) -> None:
     result = compress(source, output, text, "--samples", 8, "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
-    assert answer["after"]["neurons"] == 3 * 272  # 384 * 0.7, the nearest multiple of eight
+    assert answer["after"]["neurons"]["mlp"] == 3 * 272  # 384 * 0.7, the nearest multiple of eight
     assert {path.name for path in output.iterdir()} == {path.name for path in source.iterdir()} | {
         "prune_peak.json",
         "prune_peak_plan.safetensors",
@@ -163,7 +163,8 @@ BAD = {
     "ratio 1": (["--ratio", "1"], 2, "between 0 and 1"),
     "ratio 1.5": (["--ratio", "1.5"], 2, "between 0 and 1"),
     "ratio of words": (["--ratio", "much"], 2, "expected a number, or mlp=NUMBER"),
-    "ratio of another site": (["--ratio", "attention=0.3"], 2, "'attention' cannot be cut"),
+    "ratio of another site": (["--ratio", "embedding=0.3"], 2, "expected mlp, attention"),
+    "attention that cannot be narrower": (["--ratio", "attention=0.3"], 1, "no stock class can hold a narrower"),
     "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
     "no sample": (["--samples", "0"], 2, "at least one window"),
     "text not there": (["--calibration", "no.txt"], 1, "not a readable UTF-8 text"),
@@ -262,7 +263,7 @@ main(sys.argv[2:])
 
 def test_a_ratio_may_name_its_site(tmp_path: Path, text: Path) -> None:
     result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4, "--ratio", "mlp=0.5", "--json")
-    assert json.loads(result.stdout)["share"] == 0.5
+    assert json.loads(result.stdout)["share"] == {"mlp": 0.5}
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, text: Path) -> None:

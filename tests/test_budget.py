@@ -1,0 +1,119 @@
+"""How much is cut: ratios by kind, and targets of parameters and bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES
+from test_compress import run
+
+import prune_peak
+from prune_peak.budget import Budget
+from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.inspection import inspect
+
+MINI = str(EXAMPLES / "llama-mini")
+
+
+@pytest.mark.parametrize("asked", [{}, {"ratio": 0.3, "target_params": 0.8}, {"target_params": 0.8, "target_bytes": 9}])
+def test_exactly_one_way_to_ask(asked: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="pass one of --ratio, --target-params and --target-bytes"):
+        Budget(**asked)
+
+
+def test_a_ratio_that_names_sites_chooses_them() -> None:
+    assert Budget({"attention": 0.3, "mlp": 0.2}).kinds(None) == ("attention", "mlp")
+    assert Budget(0.3).kinds(None) == ("mlp",)
+    assert Budget(0.3).kinds(("attention",)) == ("attention",)
+    with pytest.raises(UsageError, match="names mlp, but --sites attention"):
+        Budget({"mlp": 0.2}).kinds(("attention",))
+
+
+@pytest.mark.parametrize("target", [0.9, 0.8, 0.7])
+def test_the_widest_mlp_within_the_target(target: float) -> None:
+    inspection = inspect(MINI, target_params=target)
+    assert inspection.parameters_after <= target * inspection.parameters
+    [mlp, _] = inspection.sites
+    wider = inspect(MINI, 1 - (mlp.kept + mlp.step) / mlp.neurons)
+    assert wider.parameters_after > target * inspection.parameters
+
+
+def test_bytes_are_parameters_of_the_files_type() -> None:
+    dense = inspect(MINI)
+    assert inspect(MINI, target_bytes=int(0.8 * dense.bytes)).sites == inspect(MINI, target_params=0.8).sites
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"target_params": 0.9999}, None),
+        ({"target_params": 0.1}, "the target cannot be reached: with one unit left at every site"),
+        ({"target_bytes": 10**9}, "is within the target already"),
+    ],
+)
+def test_targets_out_of_reach_are_refused(asked: dict[str, float], words: str | None) -> None:
+    if words is None:
+        assert inspect(MINI, **asked).sites[0].kept == 376
+    else:
+        with pytest.raises(PrunePeakError, match=words):
+            inspect(MINI, **asked)
+
+
+def test_a_target_is_split_over_both_kinds(tmp_path: Path, text: Path) -> None:
+    result = prune_peak.compress(
+        MINI,
+        output=tmp_path / "cut",
+        target_params=0.7,
+        sites=("mlp", "attention"),
+        calibration=str(text),
+        samples=16,
+    )
+    assert result.verification.passed
+    assert result.after.parameters <= 0.7 * result.before.parameters
+    recipe = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())
+    assert recipe["options"]["target_params"] == 0.7
+    assert recipe["options"]["sites"] == sorted(recipe["kept"])
+
+
+@pytest.mark.parametrize(("unit", "cache"), [("head", 1.0), ("group", 0.5)])
+def test_attention_is_cut_from_the_command_line(unit: str, cache: float, tmp_path: Path, text: Path) -> None:
+    words = ("--ratio", "mlp=0.2,attention=0.5", "--unit", unit, "--calibration", text, "--samples", 16, "--json", "-q")
+    result = run("compress", "--model", MINI, "--output", tmp_path / "cut", *words)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["share"] == {"mlp": pytest.approx(0.2, abs=0.02), "attention": 0.5}
+    assert answer["after"]["cache"] == cache * answer["before"]["cache"]
+    assert run("verify", tmp_path / "cut", "--model", MINI).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--ratio", "0.3", "--target-params", "0.8"), "pass one of --ratio"),
+        (("--target-params", "1.5"), "expected a share between 0 and 1"),
+        (("--target-bytes", "many"), "expected a size such as 2GB"),
+        (("--ratio", "mlp:0.3"), "expected a number, or mlp=NUMBER"),
+        (("--ratio", "0.3", "--sites", "embedding"), "expected mlp, attention"),
+    ],
+)
+def test_wrong_usage(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = run("compress", "--model", MINI, "--output", tmp_path / "cut", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    dense = inspect(MINI).bytes
+    result = run("inspect", MINI, "--target-bytes", f"{dense * 0.8 / 1e6}MB", "--json")
+    assert json.loads(result.stdout)["asked"] == f"bytes{int(dense * 0.8)}"
+
+
+def test_fill_auto_tells_which_constant_won(tmp_path: Path, text: Path) -> None:
+    words = ("--fill", "auto", "--no-refit", "--calibration", text, "--samples", 16, "-q", "--json")
+    result = run("compress", "--model", MINI, "--ratio", 0.3, "--output", tmp_path / "cut", *words)
+    assert result.exit_code == 0, result.output
+    assert sum(json.loads(result.stdout)["fills"].values()) == 3
+    fills = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())["fills"]
+    assert set(fills) == {f"model.layers.{block}.mlp.down_proj" for block in range(3)}
+    assert set(fills.values()) <= {"peak", "mean", "median", "zero"}
