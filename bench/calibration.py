@@ -1,4 +1,8 @@
-"""What calibration costs over the bare forward: `python bench/calibration.py --model FOLDER`.
+"""What compressing costs over the bare forward: `python bench/calibration.py --model FOLDER --what moments`.
+
+    moments    peaks and moments of every MLP neuron
+    products   the same, with the products of neurons that the refit needs
+    compress   all of it, at a ratio of 0.3: elimination, refit and the written folder; verification apart
 
 The bare forward is the model's body over the same tokens, with the same type, batches and threads, in the same process.
 Both run in turns; the ratio is taken pair by pair, and its median is the figure. Run it alone on the machine: a second
@@ -8,6 +12,7 @@ busy process makes two threads several times slower.
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +20,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from prune_peak.budget import Budget
 from prune_peak.calibration import calibrate, into_batches
+from prune_peak.compression import choose
+from prune_peak.export import Export, lay_out
+from prune_peak.hosts import choose_target
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
 
@@ -31,7 +40,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a model's folder")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--refit", action="store_true", help="with the products of neurons that the refit needs")
+    parser.add_argument("--what", choices=["moments", "products", "compress"], default="moments")
+    parser.add_argument("--score", default="elimination", help="of `compress`")
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
 
@@ -48,8 +58,20 @@ def main() -> None:
             body(**batch, use_cache=False)
 
     def ours() -> None:
-        for _ in calibrate(source, sites, batches, source.dtype, options.refit):
-            pass
+        observed = calibrate(source, sites, batches, source.dtype, with_grams=options.what != "moments")
+        if options.what != "compress":
+            for _ in observed:
+                pass
+            return
+        [kept] = Budget(0.3).splits(source, sites)
+        target = choose_target(source, sites, kept, source.dtype)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Export(source, target, lay_out(source, sites, target), Path(folder)) as export,
+        ):
+            for seen in observed:
+                export.write_site(seen.site, choose(source, seen, kept["mlp"], "peak", options.score).choice)
+            export.finish()
 
     body(**batches[0])  # warm-up
     pairs = [(timed(bare), timed(ours)) for _ in tqdm(range(options.pairs))]
@@ -60,8 +82,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bare forward, s": [round(first, 2) for first, _ in pairs],
-        "refit": options.refit,
-        "peaks and moments, s": [round(second, 2) for _, second in pairs],
+        "what": options.what,
+        "score": options.score if options.what == "compress" else None,
+        "ours, s": [round(second, 2) for _, second in pairs],
         "ratio": round(statistics.median(second / first for first, second in pairs), 3),
     }
     print(json.dumps(result, indent=2))

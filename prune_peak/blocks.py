@@ -94,7 +94,7 @@ class BlockStream:
         calls: list[list[Call]] = [[] for _ in self._blocks]
         with self._recording() as recorders, self._outer_weights(body):
             for batch in self._batches:
-                body(**batch, use_cache=False)
+                body(**batch)
                 assert recorders[0].hidden is not None
                 self._hidden.append(recorders[0].hidden)
                 for recorder, list_ in zip(recorders, calls, strict=True):
@@ -114,7 +114,7 @@ class BlockStream:
         with self._recording() as recorders, self._outer_weights(self.model):
             for batch, hidden in zip(self._batches, self._hidden, strict=True):
                 recorders[-1].answer = hidden
-                yield self.model(**batch, use_cache=False)
+                yield self.model(**batch)
 
     @contextmanager
     def _recording(self) -> Iterator[list[Recorder]]:

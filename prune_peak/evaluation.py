@@ -257,7 +257,7 @@ def probe_batches(source: Source, probes: int) -> list[Batch]:
     """Random tokens to compare outputs on: full windows, and left-padded ones."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = source.config.vocab_size
-    longest = getattr(source.config, "max_position_embeddings", None) or 128
+    longest = source.positions or 128
     length = max(2, min(96, longest - DECODED))
     full = torch.randint(vocabulary, (probes, length), generator=generator)
     padded = torch.randint(vocabulary, (probes, length // 2), generator=generator)

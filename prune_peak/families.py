@@ -39,6 +39,7 @@ class Family:
     attention: Attention | None = None  # None where no stock class can hold it narrower
     hosts: tuple[str, ...] = ("own",)  # the classes that can hold the result, best first (`hosts.py`)
     host_settings: Mapping[str, object] = field(default_factory=dict)  # what is fixed here and optional in the hosts
+    leftovers: tuple[str, ...] = ()  # patterns of tensors that published files hold for another head, and that are lost
 
 
 LLAMA_MLP = MLP(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size", "mlp_bias")
@@ -51,9 +52,16 @@ LLAMA_ATTENTION = Attention(
 # Granite where they do not, SmolLM3 where attention has a sliding window.
 LLAMA_HOSTS = ("llama", "granite", "smollm3")
 
+BERT_MLP = MLP(("intermediate.dense",), "output.dense", "intermediate_size")
+BERT_LEFTOVERS = (r"(^|\.)pooler\.", r"^cls\.seq_relationship\.")
+
 FAMILIES = {
     family.model_type: family
     for family in (
+        Family("bert", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
+        Family("camembert", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
+        Family("distilbert", "transformer.layer", MLP(("ffn.lin1",), "ffn.lin2", "hidden_dim")),
+        Family("electra", "encoder.layer", BERT_MLP),
         Family("gpt2", "h", MLP(("mlp.c_fc",), "mlp.c_proj", "n_inner")),
         Family("gpt_neox", "layers", MLP(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "intermediate_size")),
         Family("granite", "layers", LLAMA_MLP, LLAMA_ATTENTION),
@@ -70,6 +78,7 @@ FAMILIES = {
         ),
         # Qwen2 always has biases on q, k and v, and never one on o
         Family("qwen2", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS, {"attention_bias": True}),
+        Family("roberta", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
         Family("smollm3", "layers", LLAMA_MLP, LLAMA_ATTENTION),
         Family(
             "starcoder2",
@@ -77,5 +86,6 @@ FAMILIES = {
             MLP(("mlp.c_fc",), "mlp.c_proj", "intermediate_size", "use_bias"),
             replace(LLAMA_ATTENTION, bias_key="use_bias"),
         ),
+        Family("xlm-roberta", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
     )
 }

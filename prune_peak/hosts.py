@@ -84,7 +84,7 @@ HOSTS: dict[str, Callable[[PreTrainedConfig], PreTrainedConfig]] = {
 }
 
 # Which serving engines read a written class, biases included: read in their sources, not run here
-ENGINES = {
+ENGINES: dict[str, tuple[str, ...]] = {
     "gpt2": ("vLLM",),
     "gpt_neox": ("vLLM",),
     "granite": ("vLLM", "llama.cpp"),

@@ -136,7 +136,7 @@ def inspect(
         share=1 - after / before,
         written_as=target.model_class.__name__,
         why=target.why,
-        engines=ENGINES[target.config.model_type],
+        engines=ENGINES.get(target.config.model_type, ()),
     )
 
 

@@ -4,10 +4,12 @@ Names on disk and in the class can differ (a base-class checkpoint, legacy names
 else. Everything that can be refused without reading weights is refused here.
 """
 
+import copy
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,8 @@ from transformers.initialization import no_init_weights
 from .checkpoint import Checkpoint, tensor_bytes
 from .errors import PrunePeakError
 from .families import FAMILIES, Family
+
+log = logging.getLogger(__name__)
 
 # What travels with a checkpoint. Code, pickles and the source's own README do not.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -53,6 +57,16 @@ class Blueprint:
         """The class without any numbers, for asking it about shapes and modules."""
         return build_blank(self.model_class, self.config)
 
+    @property
+    def positions(self) -> int | None:
+        """The tokens that a window can have at most, as far as the config says."""
+        positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        for name, module in self.blank.named_modules():
+            # RoBERTa counts its positions from behind the padding's
+            if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                positions -= int(module.padding_idx) + 1
+        return positions
+
 
 @dataclass(frozen=True)
 class Source(Blueprint):
@@ -77,12 +91,14 @@ class Source(Blueprint):
         return self.checkpoint.read(self.names[self.tied.get(name, name)])
 
     def shell(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with parameters on `meta` and real buffers, in evaluation mode."""
+        """The model with parameters on `meta` and real buffers, in evaluation mode, without a cache."""
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with no_init_weights(), _parameters_on_meta():
-                return self.model_class(self.config).eval()
+                shell: PreTrainedModel = self.model_class(copy.deepcopy(self.config)).eval()
+            shell.config.use_cache = False
+            return shell
         finally:
             torch.set_default_dtype(default)
 
@@ -133,7 +149,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     blueprint = _read_blueprint(name, commit, folder)
     config, blank = blueprint.config, blueprint.blank
     checkpoint = Checkpoint(folder)
-    names = _match_names(checkpoint, blank)
+    names = _match_names(checkpoint, blank, blueprint.family.leftovers)
     tied = {twin: first for twin, first in blank.all_tied_weights_keys.items() if first != twin}
     for twin, first in list(tied.items()):
         if first not in names and twin in names:
@@ -267,8 +283,8 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _match_names(checkpoint: Checkpoint, blank: PreTrainedModel) -> dict[str, str]:
-    """Class name -> disk name, by transformers' own renaming rules."""
+def _match_names(checkpoint: Checkpoint, blank: PreTrainedModel, leftovers: Sequence[str]) -> dict[str, str]:
+    """Class name -> disk name, by transformers' own renaming rules; leftovers of another head are left out."""
     state = blank.state_dict()
     transforms = get_model_conversion_mapping(blank)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -282,6 +298,10 @@ def _match_names(checkpoint: Checkpoint, blank: PreTrainedModel) -> dict[str, st
             if name in names:
                 raise PrunePeakError(f"{checkpoint.folder}: {disk!r} and {names[name]!r} are the same tensor, {name}.")
             names[name] = disk
+        elif any(re.search(pattern, name) for pattern in leftovers):
+            log.warning(
+                "%s: %s belongs to no part of %s and is left out.", checkpoint.folder, disk, type(blank).__name__
+            )
         elif not any(re.search(pattern, name) for pattern in ignored):
             unknown.append(disk)
     if unknown:

@@ -46,7 +46,7 @@ def window_length(source: Source, wanted: int) -> int:
     """The sequence length asked for, capped at the positions that the model has learned."""
     if wanted < 2:
         raise UsageError(f"--sequence-length {wanted}: a window needs at least 2 tokens.")
-    return min(wanted, getattr(source.config, "max_position_embeddings", None) or wanted)
+    return min(wanted, source.positions or wanted)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -110,7 +110,7 @@ def _read_data_set(name: str) -> list[str]:
 
 
 def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    """A text as consecutive windows, (windows, length); each begins with BOS if the tokenizer adds one.
+    """A text as consecutive windows, (windows, length); each with the special tokens that the tokenizer adds.
 
     Several texts follow each other, each ended by EOS.
 
@@ -122,8 +122,8 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     tokens: list[int] = []
     for text in texts:
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-    start = leading_tokens(tokenizer)
-    body = length - len(start)
+    start, end = special_tokens(tokenizer)
+    body = max(1, length - len(start) - len(end))
     count = len(tokens) // body
     if count == 0:
         raise PrunePeakError(
@@ -131,14 +131,16 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
             "Pass a longer text or a smaller --sequence-length."
         )
     windows = torch.tensor(tokens[: count * body]).view(count, body)
-    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, len(start)), windows], dim=1)
+    around = [torch.tensor(part, dtype=torch.int64).expand(count, len(part)) for part in (start, end)]
+    return torch.cat([around[0], windows, around[1]], dim=1)
 
 
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that this tokenizer puts before a text (BOS, or nothing)."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What this tokenizer puts before a text and after it: BOS or CLS, SEP, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    return list(full[: full.index(bare[0])])
+    first = full.index(bare[0])
+    return list(full[:first]), list(full[first + len(bare) :])
 
 
 def read_windows(name: str, source: Source, length: int) -> Tensor:

@@ -12,6 +12,9 @@ from transformers.utils import logging as transformers_logging
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+# Threads only cost time where models are tiny
+torch.set_num_threads(1)
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -12,7 +12,7 @@ from test_compress import compress, digests, run
 from prune_peak.errors import PrunePeakError
 from prune_peak.source import open_source
 from prune_peak.stats import Stats
-from prune_peak.texts import leading_tokens, load_tokenizer, own_windows, read_texts, tokenize_text
+from prune_peak.texts import load_tokenizer, own_windows, read_texts, special_tokens, tokenize_text
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
@@ -112,11 +112,11 @@ def test_a_data_set_is_read_where_the_extra_is_there(tmp_path: Path) -> None:
 
 def test_windows_begin_with_bos_where_the_tokenizer_adds_one(tmp_path: Path, text: Path) -> None:
     tokenizer = load_tokenizer(open_source(str(EXAMPLES / "llama-mini")))
-    assert leading_tokens(tokenizer) == []
+    assert special_tokens(tokenizer) == ([], [])
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    assert leading_tokens(tokenizer) == [0]
+    assert special_tokens(tokenizer) == ([0], [])
     windows = tokenize_text(str(text), tokenizer, 32)
     assert windows.shape[1] == 32
     assert bool((windows[:, 0] == 0).all())

@@ -331,3 +331,17 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path) -> 
     result = compress(source, tmp_path / "cut", text, "--samples", 4)
     assert result.exit_code == 1
     assert "The two do not belong together" in result.stderr
+
+
+def test_an_encoder_is_cut_on_a_text(tmp_path: Path, text: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini")
+    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id or 0}
+    source = Tiny("roberta", "Roberta", "ForMaskedLM", settings).save(tmp_path / "source")
+    tokenizer.save_pretrained(source)
+    own = run("compress", "--model", source, "--ratio", 0.3, "--output", tmp_path / "cut", "-q")
+    assert own.exit_code == 1
+    assert "generates no text; pass one with --calibration" in own.stderr
+    result = compress(source, tmp_path / "cut", text, "--samples", 16, "--refit", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["perplexity_after"] is None
+    assert run("verify", tmp_path / "cut", "--model", source).exit_code == 0

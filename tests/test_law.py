@@ -10,6 +10,7 @@ from tiny import BY_NAME, TINY, VOCABULARY, Tiny
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     DynamicCache,
     PreTrainedModel,
@@ -28,7 +29,11 @@ from prune_peak.sites import Site, find_sites
 from prune_peak.source import Source, open_source
 
 KEPT = 40
-AUTO = {"ForSequenceClassification": AutoModelForSequenceClassification, "Model": AutoModel}
+AUTO = {
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "Model": AutoModel,
+}
 
 
 def cut_tiny(

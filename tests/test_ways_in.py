@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_law import cut_tiny, load, outputs
-from tiny import BY_NAME, TINY, Tiny
+from tiny import BY_NAME, POSITIONS, TINY, Tiny
 
 from prune_peak.errors import PrunePeakError
 from prune_peak.source import open_source
@@ -107,7 +107,7 @@ REFUSED = {
     "multimodal": ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "a multimodal wrapper"),
     "remote code": ({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
     "quantized": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "a quantized checkpoint"),
-    "unknown": ({"model_type": "bloom"}, "is not supported. Supported: gpt2, gpt_neox, granite"),
+    "unknown": ({"model_type": "bloom"}, "is not supported. Supported: bert, .*gpt2, gpt_neox, granite"),
     "no type": ({}, "is not supported"),
     "width of words": ({"model_type": "llama", "hidden_size": "wide"}, "not a valid llama config"),
     "negative width": ({"model_type": "llama", "hidden_size": -64}, "not a valid llama config"),
@@ -142,3 +142,19 @@ def test_the_links_of_the_hub_cache_are_fine(tmp_path: Path) -> None:
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(path)
     assert open_source(str(snapshot)).parameters > 0
+
+
+def test_what_another_head_left_in_the_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Published BERTs hold a pooler and a sentence classifier that the masked LM does not have."""
+    folder = BY_NAME["bert"].save(tmp_path / "bert")
+    tensors = load_file(folder / "model.safetensors")
+    more = {"bert.pooler.dense.weight": torch.randn(32, 32), "cls.seq_relationship.bias": torch.randn(2)}
+    save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
+    source = open_source(str(folder))
+    assert not set(more) & set(source.names.values())
+    assert all(f"{name} belongs to no part of BertForMaskedLM" in caplog.text for name in more)
+
+
+def test_positions_that_padding_takes_are_not_for_windows(tmp_path: Path) -> None:
+    assert open_source(str(BY_NAME["bert"].save(tmp_path / "bert"))).positions == POSITIONS
+    assert open_source(str(BY_NAME["roberta"].save(tmp_path / "roberta"))).positions == POSITIONS - 3  # padding is 2

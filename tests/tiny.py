@@ -44,6 +44,7 @@ ROTARY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
 }
+BERT = {key: value for key, value in ROTARY.items() if key != "num_key_value_heads"}
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": HIDDEN, "n_inner": WIDTH, "n_layer": BLOCKS, "n_head": 4, "n_positions": POSITIONS},
     "Llama": ROTARY,
@@ -54,6 +55,12 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "Phi": ROTARY,
     "Starcoder2": ROTARY,
     "GPTNeoX": {key: value for key, value in ROTARY.items() if key != "num_key_value_heads"},
+    "Bert": BERT,
+    "Camembert": BERT,
+    "Roberta": BERT,
+    "XLMRoberta": BERT,
+    "Electra": BERT | {"embedding_size": 16},
+    "DistilBert": {"dim": HIDDEN, "hidden_dim": WIDTH, "n_layers": BLOCKS, "n_heads": 4},
     "OPT": {
         "hidden_size": HIDDEN,
         "word_embed_proj_dim": HIDDEN,
@@ -111,6 +118,14 @@ TINY = [
     Tiny("starcoder2-window-no-bias", "Starcoder2", settings={"use_bias": False, "sliding_window": 8}),
     Tiny("gpt-neox-parallel", "GPTNeoX"),
     Tiny("gpt-neox-sequential", "GPTNeoX", settings={"use_parallel_residual": False, "tie_word_embeddings": True}),
+    Tiny("bert", "Bert", "ForMaskedLM"),
+    Tiny("bert-classifier", "Bert", "ForSequenceClassification"),
+    Tiny("camembert", "Camembert", "ForMaskedLM"),
+    Tiny("roberta", "Roberta", "ForMaskedLM"),
+    Tiny("roberta-untied", "Roberta", "ForMaskedLM", {"tie_word_embeddings": False}),
+    Tiny("xlm-roberta", "XLMRoberta", "ForMaskedLM"),
+    Tiny("electra", "Electra", "ForMaskedLM"),
+    Tiny("distilbert", "DistilBert", "ForMaskedLM"),
     Tiny("opt-no-bias", "OPT", settings={"enable_bias": False}),
     Tiny("opt", "OPT"),
     Tiny("opt-gelu-untied", "OPT", settings={"activation_function": "gelu", "tie_word_embeddings": False}),
