@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from prune_peak.budget import Budget
 from prune_peak.calibration import calibrate, into_batches
-from prune_peak.compression import choose
 from prune_peak.export import Export, lay_out
 from prune_peak.hosts import choose_target
+from prune_peak.planning import choose
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
 

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 from prune_peak.ablation import ablated
 from prune_peak.budget import Budget
 from prune_peak.calibration import Observed, calibrate, into_batches
-from prune_peak.compression import DTYPES, choose
+from prune_peak.compression import DTYPES
+from prune_peak.planning import choose
 from prune_peak.selection import Choice, keep_best, select
 from prune_peak.sites import find_sites
 from prune_peak.source import Source, open_source

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .blocks import Batch, BlockStream
 from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError
-from .refit import HELD_OUT, Gram
+from .refit import Grams
 from .sites import Site
 from .source import Source
 from .stats import Stats
@@ -52,7 +52,7 @@ class Observed:
 
     site: Site
     stats: Stats
-    grams: tuple[Gram, Gram] | None = None  # over most tokens, and over those held out
+    grams: Grams | None = None
     power: float | None = None  # with the Grams: squared norm of a hidden state after the block, median of tokens
 
 
@@ -91,7 +91,7 @@ class Watch:
     def __init__(self, site: Site, tokens: int, with_grams: bool) -> None:
         self.site = site
         self.stats = Stats(site.neurons, tokens)
-        self.grams: tuple[Gram, Gram] | None = None
+        self.grams: Grams | None = None
         self.mask: Tensor | None = None  # of the batch that runs
         self._with_grams = with_grams
 
@@ -100,10 +100,8 @@ class Watch:
         flat = flat if self.mask is None else flat[self.mask.bool().view(-1)]
         self.stats.add(flat)
         if self._with_grams:
-            self.grams = self.grams or (Gram(self.stats.pivot), Gram(self.stats.pivot))
-            border = len(flat) * (HELD_OUT - 1) // HELD_OUT
-            self.grams[0].add(flat[:border])
-            self.grams[1].add(flat[border:])
+            self.grams = self.grams or Grams(self.stats.pivot)
+            self.grams.add(flat)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ import transformers
 from torch import Tensor
 
 from . import __version__
-from .budget import Budget, Widths
+from .budget import Budget
 from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Perplexity, Verification, measure_perplexity, verify
 from .export import RECIPE_FILE, Export, Layout, lay_out
 from .hosts import Target, choose_target
-from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
-from .selection import AUTO, FILLS, RANDOM, SCORES, Choice, choose_fill, select
+from .planning import choose, choose_split
+from .refit import ELIMINATION, Refit
+from .selection import AUTO, FILLS, RANDOM, SCORES
 from .sites import HEAD, Site, cuttable_kinds, find_sites
 from .source import Source, open_source
 from .texts import (
@@ -140,7 +141,7 @@ def compress(
         if stats is not None:
             raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
         measured = measure(source, found, calibration, samples, sequence_length, dtype, seed, with_grams=True)
-        kept = _choose_split(source, measured, splits, fill, score, refit)
+        kept = choose_split(source, measured.sites, splits, fill, score, refit)
         measured = None
     found = [site for site in found if site.kind in kept]
     target = choose_target(source, found, kept, source.dtype)
@@ -289,73 +290,6 @@ def measure(
     }
     batches = into_batches(windows.calibration)
     return Measured(windows, options, calibrate(source, sites, batches, DTYPES[options["dtype"]], with_grams))
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of one site."""
-
-    choice: Choice
-    fill: str
-    refit: Refit | None = None  # None without the refit
-
-
-def choose(
-    source: Source, observed: Observed, kept: int, fill: str, score: str, refit: bool = True, seed: int = 0
-) -> Decision:
-    """What stays of a site, at which fill, and refitted if asked for."""
-    site, summary = observed.site, observed.stats.summarize()
-    weight = site.as_matrix(source.read(site.weight))
-    bias = source.read(site.bias) if site.bias in source.names else None
-    choices: dict[str, Choice] = {}
-    if score == ELIMINATION:
-        assert observed.grams is not None
-        fitted, held_out = observed.grams
-        keep = eliminate(site, weight, fitted.merged(held_out).moments().covariance, kept)
-        for name in FILLS if fill == AUTO else [fill]:
-            choices[name] = Choice(keep, choose_fill(summary, name))
-    else:
-        for name in FILLS if fill == AUTO else [fill]:
-            choices[name] = select(site, summary, weight, kept, name, score, seed + site.block)
-    best = fill
-    if fill == AUTO:
-        assert observed.grams is not None
-        _, held_out = observed.grams
-        errors = {name: output_error(weight, bias, choice, held_out.moments()) for name, choice in choices.items()}
-        best = min(errors, key=lambda name: errors[name])
-    if not refit:
-        return Decision(choices[best], best)
-    assert observed.grams is not None
-    choice, fitted_well = refit_best(weight, bias, choices[best], *observed.grams)
-    return Decision(choice, best, fitted_well)
-
-
-def _choose_split(
-    source: Source, measured: Measured, splits: Sequence[Widths], fill: str, score: str, refit: bool
-) -> Widths:
-    """The split of a target over the kinds of site that loses least.
-
-    The loss is the error of the sites' outputs on held-out tokens, as a share of the hidden states that they are added
-    to, summed over all sites.
-    """
-    losses = [0.0] * len(splits)
-    for observed in measured.sites:
-        assert observed.grams is not None
-        assert observed.power is not None
-        site = observed.site
-        weight = site.as_matrix(source.read(site.weight))
-        bias = source.read(site.bias) if site.bias in source.names else None
-        held_out = observed.grams[1].moments()
-        errors: dict[int, float] = {site.neurons: 0.0}
-        for number, kept in enumerate(splits):
-            width = kept.get(site.kind, site.neurons)
-            if width not in errors:
-                decision = choose(source, observed, width, fill, score, refit)
-                errors[width] = output_error(weight, bias, decision.choice, held_out) / observed.power
-            losses[number] += errors[width]
-    for kept, loss in zip(splits, losses, strict=True):
-        log.info("split %s: predicted loss %.4f", kept, loss)
-    return splits[min(range(len(splits)), key=lambda number: losses[number])]
 
 
 def _measured_before(path: Path, source: Source, sites: Sequence[Site]) -> Measured:

@@ -6,13 +6,16 @@ of W_cut d on the kept neurons gives the correction of their columns and of the 
     Delta = W_cut Cov(cut, keep) (Cov(keep, keep) + r s I)^-1,      delta = W_cut E[d] / (1 + r)
 
 where s is the mean variance of a neuron and r the ridge. An infinite r is the pure fold; r -> 0 is least squares. r is
-chosen by the error on held-out tokens, and the pure fold is among the choices, so the refit is never worse there.
+chosen by the error on held-out tokens, and the pure fold is among the choices, so the refit is never worse there. Where
+the output is wide, the error is taken on random projections of it.
 
 Which neurons to keep is decided knowing of the refit: backward elimination on the inverse covariance, where neuron j
 costs ||W_:j||^2 / [Cov^-1]_jj (the optimal brain surgeon's saliency, Hassibi and Stork 1993).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +31,7 @@ ELIMINATION_RIDGE = 1e-2
 ELIMINATION_STEPS = 16  # neurons leave in so many equal parts; between two, the inverse is brought up to date
 TRIANGLE_BLOCK = 256  # columns
 HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
+PROJECTIONS = 128  # of the output, that the ridge is chosen on
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,23 @@ class Moments:
     """Means and covariances of all neurons of a site."""
 
     mean: Tensor  # (neurons,) float64
-    covariance: Tensor  # (neurons, neurons) float64
+    covariance: Tensor  # (neurons, neurons) float32
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Moments over most tokens, over those held out, and over all."""
+
+    fitted: Moments
+    held_out: Moments
+    whole: Moments
 
 
 class Gram:
     """Sums and sums of products of all neurons of a site, about a pivot.
+
+    Activations in bfloat16 are taken about zero: their products are then exact in a float32 sum, at the speed that the
+    processor has for bfloat16.
 
     Example:
         >>> gram = Gram(torch.zeros(2))
@@ -53,17 +69,19 @@ class Gram:
         self.pivot = pivot
         self.count = 0
         self.sum = torch.zeros(len(pivot), dtype=torch.float64)
-        self.products = torch.zeros(len(pivot), len(pivot))
+        self.products = torch.zeros(len(pivot), len(pivot))  # the lower triangle; blocks above it are left out
 
     def add(self, values: Tensor) -> None:
-        """Count a batch of activations, (tokens, neurons)."""
+        """Count a batch of activations, (tokens, neurons), always of one type."""
+        if self.count == 0 and values.dtype is torch.bfloat16:
+            self.pivot = torch.zeros_like(self.pivot)
         centred = values.float() - self.pivot
         self.count += len(values)
         self.sum += centred.sum(0, dtype=torch.float64)
-        # the products are symmetric: the blocks of the lower triangle are enough
-        for start in range(0, len(self.pivot), TRIANGLE_BLOCK):
-            columns = centred[:, start : start + TRIANGLE_BLOCK]
-            self.products[start:, start : start + TRIANGLE_BLOCK].addmm_(centred[:, start:].T, columns)
+        with _exact_products(values.dtype):
+            for start in range(0, len(self.pivot), TRIANGLE_BLOCK):
+                columns = centred[:, start : start + TRIANGLE_BLOCK]
+                self.products[start:, start : start + TRIANGLE_BLOCK].addmm_(centred[:, start:].T, columns)
 
     def merged(self, other: "Gram") -> "Gram":
         """Both together; they must share the pivot."""
@@ -74,9 +92,39 @@ class Gram:
 
     def moments(self) -> Moments:
         shift = self.sum / self.count
-        lower = self.products.tril().double()
-        products = lower.add_(lower.tril(-1).T)
-        return Moments(self.pivot.double() + shift, products.div_(self.count).addr_(shift, shift, alpha=-1))
+        products = self.products.tril()
+        products += products.tril(-1).T
+        narrow = shift.float()
+        return Moments(self.pivot.double() + shift, products.div_(self.count).addr_(narrow, narrow, alpha=-1))
+
+
+class Grams:
+    """The Gram of a site over most tokens, and over those held out."""
+
+    def __init__(self, pivot: Tensor) -> None:
+        self.fitted, self.held_out = Gram(pivot), Gram(pivot)
+
+    def add(self, values: Tensor) -> None:
+        """Count a batch of activations, (tokens, neurons)."""
+        border = len(values) * (HELD_OUT - 1) // HELD_OUT
+        self.fitted.add(values[:border])
+        self.held_out.add(values[border:])
+
+    def evidence(self) -> Evidence:
+        return Evidence(self.fitted.moments(), self.held_out.moments(), self.fitted.merged(self.held_out).moments())
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of what came from bfloat16, and so loses nothing by it, run as bfloat16 ones."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if dtype is torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -93,31 +141,31 @@ def eliminate(site: Site, weight: Tensor, covariance: Tensor, kept: int) -> Tens
     Args:
         site: says which neurons leave together.
         weight: (hidden, neurons).
-        covariance: (neurons, neurons) float64.
+        covariance: (neurons, neurons).
     """
     if site.unit > 1:
         return _eliminate_units(site, weight, covariance, kept)
-    remaining = torch.arange(weight.shape[1])
     inverse = _invert(_ridged(covariance, ELIMINATION_RIDGE))
-    weight = weight.double()
-    left = weight.shape[1] - kept
+    weight = weight.to(inverse.dtype, copy=True)
+    stays = torch.ones(site.neurons, dtype=torch.bool)
+    left = site.neurons - kept
     for part in range(ELIMINATION_STEPS, 0, -1):
         leaving = math.ceil(left / part)
         left -= leaving
-        saliency = weight.square().sum(0) / inverse.diagonal()
-        order = saliency.argsort(stable=True)
-        out, stay = order[:leaving], order[leaving:].sort().values
-        gain = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])
-        weight = weight[:, stay] - weight[:, out] @ gain
-        inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ gain
-        remaining = remaining[stay]
-    return remaining
+        saliency = torch.where(stays, weight.square().sum(0) / inverse.diagonal(), math.inf)
+        out = saliency.argsort(stable=True)[:leaving]
+        rows = inverse[out]
+        gain = torch.linalg.solve(rows[:, out], rows)
+        weight.addmm_(weight[:, out], gain, alpha=-1)
+        inverse.addmm_(rows.T, gain, alpha=-1)
+        stays[out] = False
+    return stays.nonzero()[:, 0]
 
 
 def _eliminate_units(site: Site, weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
     """One unit at a time: that of the least loss, tr W_S [Cov^-1]_SS^-1 W_S', among groups that may still lose one."""
     inverse = _invert(_ridged(covariance, ELIMINATION_RIDGE))
-    weight = weight.double().clone()
+    weight = weight.to(inverse.dtype, copy=True)
     units = torch.arange(site.neurons).view(-1, site.unit)
     left = set(range(len(units)))
     each = len(units) // site.groups
@@ -155,26 +203,34 @@ def refit(weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments,
     keep = choice.keep
     cut = _complement(keep, weight.shape[1])
     covariance, mean, lost = moments.covariance, moments.mean, weight[:, cut].double()
-    factor = torch.linalg.cholesky(_ridged(covariance[keep][:, keep], ridge, covariance))
-    delta = torch.cholesky_solve(covariance[keep][:, cut] @ lost.T, factor).T
+    rows = covariance[keep]
+    factor = torch.linalg.cholesky(_ridged(rows[:, keep].double(), ridge, covariance))
+    delta = torch.cholesky_solve((rows[:, cut].double() @ lost.T), factor).T
     shift = lost @ (mean[cut] - choice.fill[cut].double()) / (1 + ridge) - delta @ mean[keep]
     return (columns.double() + delta).float(), (folded.double() + shift).float()
 
 
-def refit_best(
-    weight: Tensor, bias: Tensor | None, choice: Choice, fitted: Gram, held_out: Gram
-) -> tuple[Choice, Refit]:
+def refit_best(weight: Tensor, bias: Tensor | None, choice: Choice, evidence: Evidence) -> tuple[Choice, Refit]:
     """The refit with the ridge that is best on held-out tokens, then fitted on all of them."""
+    sketch, sketched_bias = _project(weight, bias)
     errors = {}
-    first, other = fitted.moments(), held_out.moments()
     for ridge in RIDGES:
-        columns, offset = refit(weight, bias, choice, first, ridge)
-        errors[ridge] = output_error(weight, bias, replace(choice, weight=columns, bias=offset), other)
-    del first, other
+        columns, offset = refit(sketch, sketched_bias, choice, evidence.fitted, ridge)
+        fitted = replace(choice, weight=columns, bias=offset)
+        errors[ridge] = output_error(sketch, sketched_bias, fitted, evidence.held_out)
     best = min(errors, key=lambda ridge: errors[ridge])
-    columns, offset = refit(weight, bias, choice, fitted.merged(held_out).moments(), best)
+    columns, offset = refit(weight, bias, choice, evidence.whole, best)
     share = errors[best] / max(errors[math.inf], 1e-300)
     return replace(choice, weight=columns, bias=offset), Refit(None if best == math.inf else best, share)
+
+
+def _project(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The output projection onto a few random directions of its output; squared errors keep their mean."""
+    hidden = weight.shape[0]
+    if hidden <= PROJECTIONS:
+        return weight, bias
+    directions = torch.randn(PROJECTIONS, hidden, generator=torch.Generator().manual_seed(0)) / PROJECTIONS**0.5
+    return directions @ weight.float(), None if bias is None else directions @ bias.float()
 
 
 def output_error(weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments) -> float:
@@ -184,7 +240,7 @@ def output_error(weight: Tensor, bias: Tensor | None, choice: Choice, moments: M
     change = weight.float().clone()
     change[:, choice.keep] -= columns.float()
     constant = change.double() @ moments.mean + (0 if bias is None else bias.double()) - offset.double()
-    return float(((change @ moments.covariance.float()) * change).sum() + constant.square().sum())
+    return float(((change @ moments.covariance) * change).sum() + constant.square().sum())
 
 
 def _complement(keep: Tensor, neurons: int) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
 from prune_peak.folding import fold
-from prune_peak.refit import Gram, eliminate, refit, refit_best
+from prune_peak.refit import PROJECTIONS, Evidence, Gram, Grams, eliminate, output_error, refit, refit_best
 from prune_peak.selection import Choice
 
 NEURONS, HIDDEN, KEPT = 24, 6, 15
@@ -33,6 +33,10 @@ def gram_of(values: Tensor) -> Gram:
     gram = Gram(values[0].clone())
     gram.add(values)
     return gram
+
+
+def evidence_of(fitted: Gram, held_out: Gram) -> Evidence:
+    return Evidence(fitted.moments(), held_out.moments(), fitted.moments())
 
 
 def site() -> tuple[Tensor, Tensor, Choice]:
@@ -87,6 +91,36 @@ def test_elimination_beats_plain_scores() -> None:
     assert loss(weight, values, keep) < 0.9 * loss(weight, values, by_variance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_are_those_of_all_tokens(dtype: torch.dtype) -> None:
+    """Also with means many deviations from zero, and in bfloat16 as exact as its own values."""
+    values = (correlated(600) * (torch.arange(NEURONS) % 3 > 0) + 20).to(dtype)
+    grams = Grams(values[0].float())
+    for batch in values.split(250):
+        grams.add(batch)
+    exact = values.double()
+    for moments, part in (
+        (grams.evidence().whole, exact),
+        (grams.evidence().held_out, torch.cat([batch[len(batch) * 5 // 6 :] for batch in exact.split(250)])),
+    ):
+        assert torch.allclose(moments.mean, part.mean(0), atol=1e-6)
+        assert torch.allclose(moments.covariance.double(), part.T.cov(correction=0), atol=1e-3)
+
+
+def test_projections_tell_the_error_of_a_wide_output() -> None:
+    """The ridge is chosen on fewer outputs; it must be as good as one chosen on all of them."""
+    values = correlated(300)
+    _, _, choice = site()
+    weight = torch.randn(8 * PROJECTIONS, NEURONS)
+    fitted, held_out = gram_of(values[:40]), gram_of(values[40:])
+    evidence = evidence_of(fitted, held_out)
+    result, report = refit_best(weight, None, choice, evidence)
+    exact = output_error(weight, None, result, evidence.held_out) / output_error(
+        weight, None, choice, evidence.held_out
+    )
+    assert report.error == pytest.approx(exact, rel=0.2)
+
+
 SINGULAR = {
     "fewer tokens than neurons": lambda: correlated(10),
     "dead neurons": lambda: correlated(200) * (torch.arange(NEURONS) % 3 > 0),
@@ -106,7 +140,7 @@ def test_nothing_blows_up(name: str) -> None:
     held_out = Gram(fitted.pivot)
     held_out.add(values[border:])
     keep = eliminate(site_of(weight.shape[1]), weight, fitted.moments().covariance, KEPT)
-    result, report = refit_best(weight, bias, Choice(keep, choice.fill), fitted, held_out)
+    result, report = refit_best(weight, bias, Choice(keep, choice.fill), evidence_of(fitted, held_out))
     assert result.weight is not None
     assert result.bias is not None
     assert bool(result.weight.isfinite().all())
@@ -120,7 +154,7 @@ def test_noise_that_tells_nothing_is_not_fitted() -> None:
     weight, bias, choice = site()
     choice = Choice(choice.keep, torch.zeros(NEURONS))
     fitted, held_out = gram_of(torch.randn(20, NEURONS)), gram_of(torch.randn(4000, NEURONS))
-    _, report = refit_best(weight, bias, choice, fitted, held_out)
+    _, report = refit_best(weight, bias, choice, evidence_of(fitted, held_out))
     assert report.ridge is None or report.ridge >= 0.3
 
 

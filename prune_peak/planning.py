@@ -1,0 +1,77 @@
+"""What stays of every site, at which fill and with which refit; and how a target is split over the kinds of site."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .budget import Widths
+from .calibration import Observed
+from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
+from .selection import AUTO, FILLS, Choice, choose_fill, select
+from .source import Source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one site."""
+
+    choice: Choice
+    fill: str
+    refit: Refit | None = None  # None without the refit
+
+
+def choose(
+    source: Source, observed: Observed, kept: int, fill: str, score: str, refit: bool = True, seed: int = 0
+) -> Decision:
+    """What stays of a site, at which fill, and refitted if asked for."""
+    site, summary = observed.site, observed.stats.summarize()
+    weight = site.as_matrix(source.read(site.weight))
+    bias = source.read(site.bias) if site.bias in source.names else None
+    evidence = None if observed.grams is None else observed.grams.evidence()
+    names = FILLS if fill == AUTO else [fill]
+    if score == ELIMINATION:
+        assert evidence is not None
+        keep = eliminate(site, weight, evidence.whole.covariance, kept)
+        choices = {name: Choice(keep, choose_fill(summary, name)) for name in names}
+    else:
+        choices = {name: select(site, summary, weight, kept, name, score, seed + site.block) for name in names}
+    best = fill
+    if fill == AUTO:
+        assert evidence is not None
+        errors = {name: output_error(weight, bias, choice, evidence.held_out) for name, choice in choices.items()}
+        best = min(errors, key=lambda name: errors[name])
+    if not refit:
+        return Decision(choices[best], best)
+    assert evidence is not None
+    choice, fitted = refit_best(weight, bias, choices[best], evidence)
+    return Decision(choice, best, fitted)
+
+
+def choose_split(
+    source: Source, observed: Iterable[Observed], splits: Sequence[Widths], fill: str, score: str, refit: bool
+) -> Widths:
+    """The split of a target over the kinds of site that loses least.
+
+    The loss is the error of the sites' outputs on held-out tokens, as a share of the hidden states that they are added
+    to, summed over all sites.
+    """
+    losses = [0.0] * len(splits)
+    for seen in observed:
+        assert seen.grams is not None
+        assert seen.power is not None
+        site = seen.site
+        weight = site.as_matrix(source.read(site.weight))
+        bias = source.read(site.bias) if site.bias in source.names else None
+        held_out = seen.grams.held_out.moments()
+        errors: dict[int, float] = {site.neurons: 0.0}
+        for number, kept in enumerate(splits):
+            width = kept.get(site.kind, site.neurons)
+            if width not in errors:
+                decision = choose(source, seen, width, fill, score, refit)
+                errors[width] = output_error(weight, bias, decision.choice, held_out) / seen.power
+            losses[number] += errors[width]
+    for kept, loss in zip(splits, losses, strict=True):
+        log.info("split %s: predicted loss %.4f", kept, loss)
+    return splits[min(range(len(splits)), key=lambda number: losses[number])]
