@@ -20,6 +20,7 @@ from .errors import PrunePeakError, UsageError
 
 if TYPE_CHECKING:
     from .compression import Compression
+    from .evaluation import Quality
     from .inspection import Inspection
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -186,7 +187,8 @@ def main() -> None:
 @click.option(
     "--evaluate",
     metavar="FILE",
-    help="Text for the perplexity before and after (its first 24 windows).  [default: held-out calibration windows]",
+    help="Text for the perplexity (masked LM: accuracy) before and after, its first 24 windows.  "
+    "[default: held-out calibration windows]",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would happen, what it would take, and stop.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
@@ -317,12 +319,13 @@ def _print_compression(result: "Compression") -> None:
     if before.cache != after.cache:
         cache = (f"{before.cache:,}", f"{after.cache:,}", _change(before.cache, after.cache))
         rows.append(("KV cache, bytes a token", *cache))
-    first, second = result.perplexity_before, result.perplexity_after
+    first, second = result.quality_before, result.quality_after
     if first and second:
-        rows.append(("perplexity", f"{first.value:.2f}", f"{second.value:.2f}", f"x{second.value / first.value:.3f}"))
+        rows.append((first.metric, *_quality_cells(first, second)))
     click.echo(_table(rows))
     if first:
-        click.echo(f"Perplexity on {first.text}: {first.windows} windows of {first.length} tokens, {first.dtype}.")
+        protocol = f"{first.windows} windows of {first.length} tokens, {first.tokens:,} predicted, {first.dtype}"
+        click.echo(f"{first.metric.capitalize()} on {first.text}: {protocol}.")
     if len(result.fills) > 1:
         click.echo(
             "Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in sorted(result.fills.items())) + "."
@@ -336,6 +339,15 @@ def _print_compression(result: "Compression") -> None:
     click.echo("  from transformers import AutoTokenizer, " + result.model_class)
     click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")
     click.echo(f"  tokenizer = AutoTokenizer.from_pretrained({str(result.output)!r})")
+
+
+def _quality_cells(before: "Quality", after: "Quality") -> tuple[str, str, str]:
+    """Perplexities and their ratio; accuracies in per cent and their change in points."""
+    from .evaluation import PERPLEXITY
+
+    if before.metric == PERPLEXITY:
+        return f"{before.value:.2f}", f"{after.value:.2f}", f"x{after.value / before.value:.3f}"
+    return f"{before.value:.1%}", f"{after.value:.1%}", f"{100 * (after.value - before.value):+.1f} points"
 
 
 def _change(before: int, after: int) -> str:

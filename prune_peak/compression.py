@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from . import __version__
 from .budget import Budget
 from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
 from .errors import PrunePeakError, UsageError, VerificationError
-from .evaluation import Perplexity, Verification, measure_perplexity, verify
+from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, verify
 from .export import RECIPE_FILE, Export, Layout, lay_out
 from .hosts import Target, choose_target
 from .planning import choose, choose_split
@@ -64,8 +63,8 @@ class Compression:
     before: Size
     after: Size
     share: Mapping[str, float]  # of the neurons that were cut, by the kind of site
-    perplexity_before: Perplexity | None
-    perplexity_after: Perplexity | None
+    quality_before: Quality | None  # None where the model predicts no tokens
+    quality_after: Quality | None
     fills: Mapping[str, int]  # how many sites took which fill
     refits: Mapping[str, Refit]  # by the site's name; empty without the refit
     verification: Verification
@@ -117,7 +116,8 @@ def compress(
         stats: a file that `calibrate` wrote, in place of a calibration.
         multiple_of: kept widths are a multiple of this (default 32; 8 for widths below 512).
         dtype: the type to compute in; the files keep the source's.
-        evaluate: a text to measure perplexity on, before and after; held-out windows of the calibration otherwise.
+        evaluate: a text to measure the quality on, before and after (perplexity, or a masked LM's accuracy at masked
+            tokens); held-out windows of the calibration otherwise.
         force: replace an existing output.
 
     Raises:
@@ -134,7 +134,7 @@ def compress(
     source = open_source(model, revision)
     found = find_sites(source.blank, source.family, budget.kinds(sites), unit)
     measured = None if stats is None else _measured_before(Path(stats), source, found)
-    scored = _find_scored(source, evaluate, sequence_length)
+    exam = None if evaluate is None else _set_exam_on(evaluate, source, sequence_length)
     splits = budget.splits(source, found, multiple_of)
     kept = splits[0]
     if len(splits) > 1:
@@ -162,12 +162,11 @@ def compress(
                 if decision.refit is not None:
                     refits[observed.site.name] = decision.refit
             digests = export.finish()
-        text = f"held-out windows of {measured.windows.source}" if evaluate is None else Path(evaluate).name
-        scored = measured.windows.held_out if scored is None else scored
+        exam = exam or _set_held_out_exam(source, measured.windows)
         written = open_source(str(partial))
         compute = DTYPES[measured.options["dtype"]]
-        before = measure_perplexity(source, scored, text, compute) if len(scored) else None
-        after = measure_perplexity(written, scored, text, compute) if len(scored) else None
+        before = measure_quality(source, exam, compute) if exam else None
+        after = measure_quality(written, exam, compute) if exam else None
         choices = {
             **budget.options,
             "sites": sorted(kept),
@@ -180,7 +179,7 @@ def compress(
         recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
             "before": asdict(_measure_size(source)),
             "after": asdict(_measure_size(written)),
-            "perplexity": {"before": before and asdict(before), "after": after and asdict(after)},
+            "quality": {"before": before and asdict(before), "after": after and asdict(after)},
             "kept": kept,
             "fills": fills,
             "refits": {name: asdict(fitted) for name, fitted in refits.items()},
@@ -209,8 +208,8 @@ def compress(
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
         share={site.kind: 1 - kept[site.kind] / site.neurons for site in found},
-        perplexity_before=before,
-        perplexity_after=after,
+        quality_before=before,
+        quality_after=after,
         fills=dict(Counter(fills.values())),
         refits=refits,
         verification=verification,
@@ -317,15 +316,23 @@ def _check_samples(samples: int) -> None:
         raise UsageError(f"--samples {samples}: expected at least one window.")
 
 
-def _find_scored(source: Source, evaluate: str | Path | None, sequence_length: int) -> Tensor | None:
-    """The windows of an --evaluate text; None where held-out windows do; none at all where there is no perplexity."""
-    if source.blank.can_generate():
-        if evaluate is None:
-            return None
-        return read_windows(str(evaluate), source, window_length(source, sequence_length))[:EVALUATED]
-    if evaluate is not None:
+def _set_exam_on(text: str | Path, source: Source, sequence_length: int) -> Exam:
+    """The exam of an --evaluate text: its first windows."""
+    if not has_exam(source):
         raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
-    return torch.empty(0, 0)
+    windows = read_windows(str(text), source, window_length(source, sequence_length))[:EVALUATED]
+    return set_exam(source, windows, Path(text).name)
+
+
+def _set_held_out_exam(source: Source, windows: Windows) -> Exam | None:
+    """An exam on windows that nothing was measured on; None where the model predicts no tokens, or cannot be asked."""
+    if not has_exam(source) or not len(windows.held_out):
+        return None
+    try:
+        return set_exam(source, windows.held_out, f"held-out windows of {windows.source}")
+    except PrunePeakError as error:
+        log.warning("The quality before and after is not measured: %s", error)
+        return None
 
 
 def _prepare_output(folder: Path, force: bool, layout: Layout) -> Path:

@@ -1,4 +1,6 @@
-"""What a checkpoint is worth, and whether it is what it claims: perplexity, and `verify`.
+"""What a checkpoint is worth, and whether it is what it claims: exams, and `verify`.
+
+An exam is what a model is to predict: every next token (perplexity), or masked tokens (accuracy).
 
 `verify` is the law. The written folder must hold the very tensors that were written, load with the stock class with
 nothing missing, unexpected or mismatched, and compute what the original computes with the cut neurons held at their
@@ -19,6 +21,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .ablation import ablated
 from .blocks import Batch, BlockStream
@@ -29,6 +32,11 @@ from .export import PLAN_FILE, RECIPE_FILE, cut_site
 from .selection import Choice
 from .sites import GROUP, HEAD, KINDS, Site, find_sites
 from .source import Source, open_source
+from .texts import load_tokenizer
+
+PERPLEXITY, MASKED_ACCURACY = "perplexity", "masked-token accuracy"
+MASKED = 0.15  # share of a window's ordinary tokens that a masked LM is asked for, BERT's own
+NOT_ASKED = -100  # the target that cross-entropy leaves out
 
 FLOAT32_BOUND = 2e-5  # largest difference, as a share of the logits' largest magnitude
 ROUNDING_BOUND = 1.2  # in a narrow type: distance to the exact result over the source's own distance
@@ -38,42 +46,126 @@ DECODED = 24  # tokens generated in cached decoding
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean negative log-likelihood of a token, and the protocol it was measured by."""
+class Exam:
+    """What a model is asked to predict, and the right answers: the same ones for an original and its result."""
 
-    value: float
-    standard_error: float | None  # of the value, over windows
+    metric: str  # what it is summed up in: PERPLEXITY, or an accuracy
+    text: str  # where the windows come from
+    batches: Sequence[Batch]
+    targets: Sequence[Tensor]  # int64, one for each prediction of a batch; NOT_ASKED where nothing is asked
+
+
+@dataclass(frozen=True)
+class Grades:
+    """How a model did at an exam, window by window: (windows,) float64 each."""
+
+    losses: Tensor  # mean cross-entropy, nats a prediction
+    hits: Tensor  # share of predictions whose most likely token is the right one
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What an exam says of a model, and the protocol it was taken by; standard errors are over windows."""
+
+    metric: str
+    value: float  # of the metric
+    standard_error: float | None
+    loss: float  # cross-entropy, nats a prediction
+    loss_error: float | None
+    accuracy: float  # top-1
+    accuracy_error: float | None
     windows: int
     length: int
-    tokens: int  # predicted ones: each window's first token is given
+    tokens: int  # predicted ones
     text: str
     dtype: str
 
 
-def measure_perplexity(source: Source, windows: Tensor, text: str, dtype: torch.dtype | None = None) -> Perplexity:
-    """Perplexity of a model on windows of tokens, (windows, length), block-streamed: memory holds one block."""
-    dtype = dtype or source.dtype
-    batches = into_batches(windows, tokens=windows.shape[1])
-    stream = BlockStream(source, batches, dtype)
-    for _ in tqdm(stream.steps(), total=source.config.num_hidden_layers, desc="perplexity", unit="block"):
+def has_exam(source: Source) -> bool:
+    """Whether a model predicts tokens: a causal or a masked language model."""
+    return source.blank.can_generate() or _is_masked(source)
+
+
+def set_exam(source: Source, windows: Tensor, text: str) -> Exam:
+    """Predict every next token of windows of tokens, (windows, length); or those that are masked, in a masked LM.
+
+    A seeded 15 % of the tokens that are not special are masked, as many in every window of one text.
+
+    Raises:
+        PrunePeakError: a masked LM whose tokenizer has no mask token.
+    """
+    if not _is_masked(source):
+        targets = windows.roll(-1, dims=1)
+        targets[:, -1] = NOT_ASKED
+        return Exam(PERPLEXITY, text, into_batches(windows, tokens=1), targets.split(1))
+    tokenizer = load_tokenizer(source)
+    if tokenizer.mask_token_id is None:
+        raise PrunePeakError(f"the tokenizer of {source.name} has no mask token, which predicting masked tokens needs.")
+    ordinary = ~torch.isin(windows, torch.tensor(tokenizer.all_special_ids))
+    order = torch.rand(windows.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~ordinary, 2.0)
+    count = (MASKED * ordinary.sum(1, keepdim=True)).round().clamp_min(1)
+    masked = ordinary & (order.argsort(1).argsort(1) < count)
+    inputs = windows.masked_fill(masked, tokenizer.mask_token_id)
+    targets = windows.masked_fill(~masked, NOT_ASKED)
+    return Exam(MASKED_ACCURACY, text, into_batches(inputs, tokens=1), targets.split(1))
+
+
+def _is_masked(source: Source) -> bool:
+    return source.model_class.__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def grade(logits: Tensor, targets: Tensor) -> Grades:
+    """Grade one batch of an exam: logits are (windows, ..., classes), targets the same without the last axis."""
+    asked = (targets != NOT_ASKED).view(len(targets), -1)
+    flat = logits.float().flatten(0, -2)
+    losses = torch.nn.functional.cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=NOT_ASKED)
+    hits = flat.argmax(-1) == targets.flatten()
+    means = (values.view_as(asked).double().sum(1) / asked.sum(1) for values in (losses, hits))
+    return Grades(*means)
+
+
+def take_exam(source: Source, exam: Exam, dtype: torch.dtype | None = None) -> Grades:
+    """Grade a model, block-streamed: memory holds one block."""
+    stream = BlockStream(source, exam.batches, dtype or source.dtype)
+    for _ in tqdm(stream.steps(), total=source.config.num_hidden_layers, desc=exam.metric, unit="block"):
         pass
-    losses = []
-    for batch, output in zip(batches, stream.outputs(), strict=True):
-        targets = batch["input_ids"][:, 1:]
-        logits = output.logits[:, :-1].float().flatten(0, 1)
-        losses.append(torch.nn.functional.cross_entropy(logits, targets.flatten()).double())
-    loss = torch.stack(losses)
-    value = math.exp(loss.mean().item())
-    error = value * loss.std().item() / math.sqrt(len(loss)) if len(loss) > 1 else None
-    return Perplexity(
+    grades = [grade(output.logits, targets) for output, targets in zip(stream.outputs(), exam.targets, strict=True)]
+    return Grades(torch.cat([part.losses for part in grades]), torch.cat([part.hits for part in grades]))
+
+
+def measure_quality(source: Source, exam: Exam, dtype: torch.dtype | None = None) -> Quality:
+    """Let a model take an exam, and sum it up."""
+    return sum_up(exam, take_exam(source, exam, dtype), dtype or source.dtype)
+
+
+def sum_up(exam: Exam, grades: Grades, dtype: torch.dtype) -> Quality:
+    """What the grades of an exam say, in its metric."""
+    loss, loss_error = _mean_and_error(grades.losses)
+    accuracy, accuracy_error = _mean_and_error(grades.hits)
+    value, error = accuracy, accuracy_error
+    if exam.metric == PERPLEXITY:
+        value = math.exp(loss)
+        error = None if loss_error is None else value * loss_error
+    return Quality(
+        metric=exam.metric,
         value=value,
         standard_error=error,
-        windows=len(windows),
-        length=windows.shape[1],
-        tokens=len(windows) * (windows.shape[1] - 1),
-        text=text,
+        loss=loss,
+        loss_error=loss_error,
+        accuracy=accuracy,
+        accuracy_error=accuracy_error,
+        windows=len(grades.losses),
+        length=exam.targets[0].shape[1],
+        tokens=sum(int((targets != NOT_ASKED).sum()) for targets in exam.targets),
+        text=exam.text,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float | None]:
+    """The mean over windows, and its standard error where there are two."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    return values.mean().item(), error
 
 
 @dataclass

@@ -44,7 +44,7 @@ def test_trained_models_obey_the_law(name: str, fill: str, tmp_path: Path, text:
     assert {"same function in float32, cached decoding", "same greedy tokens", "loads with the stock class"} <= checks
     assert result.verification.passed
     assert result.after.parameters < result.before.parameters
-    assert result.perplexity_after.value < 3 * result.perplexity_before.value
+    assert result.quality_after.value < 3 * result.quality_before.value
 
 
 def test_the_folder_is_whole(tmp_path: Path, text: Path) -> None:
@@ -88,7 +88,7 @@ def test_own_text_is_the_default(tmp_path: Path) -> None:
         result = run("compress", "--model", EXAMPLES / "llama-mini", "--output", tmp_path / name, *words)
         assert result.exit_code == 0, result.output
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    assert json.loads(result.stdout)["perplexity_before"]["text"] == "held-out windows of the model's own text"
+    assert json.loads(result.stdout)["quality_before"]["text"] == "held-out windows of the model's own text"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -333,15 +333,35 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path) -> 
     assert "The two do not belong together" in result.stderr
 
 
-def test_an_encoder_is_cut_on_a_text(tmp_path: Path, text: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini")
-    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id or 0}
+@pytest.fixture
+def masked_lm(tmp_path: Path) -> Path:
+    """A tiny random RoBERTa with a tokenizer that knows a mask token."""
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini", mask_token="<mask>")
+    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     source = Tiny("roberta", "Roberta", "ForMaskedLM", settings).save(tmp_path / "source")
     tokenizer.save_pretrained(source)
-    own = run("compress", "--model", source, "--ratio", 0.3, "--output", tmp_path / "cut", "-q")
+    return source
+
+
+def test_an_encoder_is_cut_on_a_text(masked_lm: Path, tmp_path: Path, text: Path) -> None:
+    own = run("compress", "--model", masked_lm, "--ratio", 0.3, "--output", tmp_path / "cut", "-q")
     assert own.exit_code == 1
     assert "generates no text; pass one with --calibration" in own.stderr
-    result = compress(source, tmp_path / "cut", text, "--samples", 16, "--refit", "--json")
+    result = compress(masked_lm, tmp_path / "cut", text, "--samples", 16, "--refit", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["perplexity_after"] is None
-    assert run("verify", tmp_path / "cut", "--model", source).exit_code == 0
+    quality = json.loads(result.stdout)["quality_after"]
+    assert quality["metric"] == "masked-token accuracy"
+    assert quality["text"] == "held-out windows of text.txt"
+    assert run("verify", tmp_path / "cut", "--model", masked_lm).exit_code == 0
+
+
+def test_a_masked_lm_without_a_mask_token(
+    masked_lm: Path, tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini").save_pretrained(masked_lm)
+    result = compress(masked_lm, tmp_path / "cut", text, "--samples", 4, "--evaluate", text)
+    assert result.exit_code == 1
+    assert "has no mask token" in result.stderr
+    with caplog.at_level("WARNING", "prune_peak"):
+        prune_peak.compress(str(masked_lm), 0.3, tmp_path / "cut", calibration=str(text), samples=16, refit=False)
+    assert "quality before and after is not measured" in caplog.text

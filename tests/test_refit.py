@@ -166,7 +166,7 @@ def test_the_refit_keeps_more_than_any_constant(name: str, tmp_path: Path, text:
         options = {"refit": False, "samples": 96, "calibration": str(text)} | options
         result = prune_peak.compress(str(EXAMPLES / name), 0.4, tmp_path / kind, **options)
         assert result.verification.passed
-        results[kind] = result.perplexity_after.value
+        results[kind] = result.quality_after.value
     assert results["refit"] < 0.9 * min(results["peak"], results["mean"]), results
 
 

@@ -1,0 +1,80 @@
+"""Exams: what is asked, and that the grades are those of a plain loop over the stock model."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES
+from tiny import Tiny
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from prune_peak.evaluation import MASKED_ACCURACY, NOT_ASKED, PERPLEXITY, has_exam, measure_quality, set_exam
+from prune_peak.source import Source, open_source
+from prune_peak.texts import read_windows
+
+
+@torch.inference_mode()
+def test_perplexity_is_that_of_a_plain_loop(text: Path) -> None:
+    source = open_source(str(EXAMPLES / "llama-mini"))
+    windows = read_windows(str(text), source, 64)[:5]
+    model = AutoModelForCausalLM.from_pretrained(source.folder)
+    losses = torch.stack([model(input_ids=window, labels=window).loss for window in windows.split(1)])
+    logits = model(windows).logits[:, :-1]
+    quality = measure_quality(source, set_exam(source, windows, "text"))
+    assert quality.metric == PERPLEXITY
+    assert quality.value == pytest.approx(math.exp(losses.mean()), rel=1e-6)
+    assert quality.standard_error == pytest.approx(quality.value * losses.std().item() / 5**0.5, rel=1e-4)
+    assert quality.accuracy == pytest.approx((logits.argmax(-1) == windows[:, 1:]).float().mean().item())
+    assert (quality.windows, quality.length, quality.tokens) == (5, 64, 5 * 63)
+
+
+@pytest.fixture
+def masked_lm(tmp_path: Path) -> Source:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini", mask_token="<mask>")
+    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    Tiny("roberta", "Roberta", "ForMaskedLM", settings).save(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return open_source(str(tmp_path / "model"))
+
+
+@torch.inference_mode()
+def test_masked_tokens_are_predicted_as_by_a_plain_loop(masked_lm: Source, text: Path) -> None:
+    windows = read_windows(str(text), masked_lm, 64)[:5]
+    exam = set_exam(masked_lm, windows, "text")
+    inputs = torch.cat([batch["input_ids"] for batch in exam.batches])
+    targets = torch.cat(list(exam.targets))
+    logits = AutoModelForMaskedLM.from_pretrained(masked_lm.folder)(inputs).logits
+    quality = measure_quality(masked_lm, exam)
+    assert quality.metric == MASKED_ACCURACY
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert quality.loss == pytest.approx(loss.item(), rel=1e-5)
+    asked = targets != NOT_ASKED
+    assert (
+        quality.value == quality.accuracy == pytest.approx((logits.argmax(-1) == windows)[asked].float().mean().item())
+    )
+    assert quality.tokens == asked.sum()
+
+
+def test_a_fixed_share_of_ordinary_tokens_is_masked(masked_lm: Source) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(masked_lm.folder)
+    windows = torch.randint(10, 1000, (4, 62))
+    special = torch.full((4, 1), tokenizer.bos_token_id)
+    windows = torch.cat([special, windows, special], dim=1)
+    exam, again = (set_exam(masked_lm, windows, "text") for _ in range(2))
+    places = []
+    for window, batch, targets in zip(windows, exam.batches, exam.targets, strict=True):
+        asked = targets[0] != NOT_ASKED
+        assert asked.sum() == round(0.15 * 62)
+        assert not asked[[0, -1]].any()
+        assert torch.equal(targets[0][asked], window[asked])
+        assert (batch["input_ids"][0][asked] == tokenizer.mask_token_id).all()
+        assert torch.equal(batch["input_ids"][0][~asked], window[~asked])
+        places.append(asked)
+    assert not torch.equal(places[0], places[1])
+    assert all(torch.equal(*pair) for pair in zip(exam.targets, again.targets, strict=True))
+
+
+def test_a_model_without_a_language_head_has_no_exam(tmp_path: Path) -> None:
+    assert has_exam(open_source(str(EXAMPLES / "opt-mini")))
+    assert not has_exam(open_source(str(Tiny("base", "Llama", "Model").save(tmp_path / "base"))))
