@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from .sites import blocks_path, find_blocks
 from .source import Source
 
-Batch = dict[str, Tensor]  # the keyword arguments of the model's forward: input_ids, perhaps attention_mask
+Batch = dict[
+    str, Tensor
+]  # the keyword arguments of the model's forward: input_ids, perhaps attention_mask; or pixel_values
 
 
 @dataclass
@@ -53,6 +55,11 @@ class Step:
         self._calls = calls
         self.ran = False
 
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens (or patches) of each batch."""
+        return [hidden.shape[:-1].numel() for hidden in self._hidden]
+
     @torch.inference_mode()
     def run(self) -> Iterator[int]:
         """Give each batch's number, then run the block over it; the hidden states move on in place."""
@@ -86,6 +93,11 @@ class BlockStream:
         self._blocks = list(find_blocks(self.model, source.family))
         self._path = blocks_path(self.model, source.family)
         self._hidden: list[Tensor] = []
+
+    @property
+    def blocks(self) -> int:
+        """How many."""
+        return len(self._blocks)
 
     @torch.inference_mode()
     def steps(self) -> Iterator[Step]:

@@ -17,11 +17,12 @@ from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError
 from .refit import Grams
 from .sites import Site
-from .source import Source
+from .source import IMAGES, Blueprint, Source
 from .stats import Stats
 from .texts import Windows
 
 BATCH_TOKENS = 4096  # tokens that run through a block at once
+BATCH_IMAGES = 16  # of some 200 patches each
 STATISTICS = "prune_peak_statistics"  # the key of the metadata that tells a file of statistics
 
 
@@ -31,9 +32,22 @@ def default_dtype(source: Source) -> str:
 
 
 def into_batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Windows of equal length as the inputs of a forward, some `tokens` at a time."""
+    """Windows of equal length as the inputs of a forward, some `tokens` at a time; or images, a few at a time."""
+    if windows.is_floating_point():
+        return [{IMAGES: part} for part in windows.split(BATCH_IMAGES)]
     size = max(1, tokens // windows.shape[1])
     return [{"input_ids": part} for part in windows.split(size)]
+
+
+def random_windows(source: Blueprint, count: int, length: int) -> Tensor:
+    """Windows of random tokens, (count, length); or noise, (count, channels, height, width), where images are seen."""
+    generator = torch.Generator().manual_seed(0)
+    config = source.config
+    if not source.sees_images:
+        return torch.randint(config.vocab_size, (count, length), generator=generator)
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(count, config.num_channels, height, width, generator=generator)
 
 
 @contextmanager
@@ -61,28 +75,26 @@ def calibrate(
 ) -> Iterator[Observed]:
     """Statistics of every site over the batches, one block at a time; padding is not counted."""
     masks = [batch.get("attention_mask") for batch in batches]
-    tokens = sum(
-        batch["input_ids"].numel() if mask is None else int(mask.sum())
-        for batch, mask in zip(batches, masks, strict=True)
-    )
     stream = BlockStream(source, batches, dtype)
-    blocks = 1 + max(site.block for site in sites)
-    for step in tqdm(islice(stream.steps(), blocks), total=blocks, desc="calibrate", unit="block"):
+    last = min(max(site.block for site in sites), stream.blocks - 1)
+    power = None
+    for step in tqdm(islice(stream.steps(), last + 1), total=last + 1, desc="calibrate", unit="block"):
+        tokens = sum(count if mask is None else int(mask.sum()) for count, mask in zip(step.tokens, masks, strict=True))
         watches = [Watch(site, tokens, with_grams) for site in sites if site.block == step.index]
-        with ExitStack() as stack:
-            for watch in watches:
-                stack.enter_context(observing(stream.model.get_submodule(watch.site.name), watch.see))
+        with _watching(stream.model, watches):
             for number in step.run():
                 for watch in watches:
                     watch.mask = masks[number]
         power = step.power() if with_grams else None
         for watch in watches:
-            if not bool(torch.isfinite(watch.stats.square_sum).all()):
-                raise PrunePeakError(
-                    f"block {step.index} of {source.name} gives activations that are not finite in {dtype}. "
-                    "Try --dtype float32, or check the checkpoint."
-                )
-            yield Observed(watch.site, watch.stats, watch.grams, power)
+            yield watch.observed(source, dtype, power)
+    pooled = [Watch(site, len(batches), with_grams) for site in sites if site.block == stream.blocks]
+    if pooled:
+        with _watching(stream.model, pooled):
+            for _ in stream.outputs():
+                pass
+        for watch in pooled:
+            yield watch.observed(source, dtype, power)
 
 
 class Watch:
@@ -102,6 +114,22 @@ class Watch:
         if self._with_grams:
             self.grams = self.grams or Grams(self.stats.pivot)
             self.grams.add(flat)
+
+    def observed(self, source: Source, dtype: torch.dtype, power: float | None) -> Observed:
+        if not bool(torch.isfinite(self.stats.square_sum).all()):
+            raise PrunePeakError(
+                f"{self.site.name} of {source.name} is given activations that are not finite in {dtype}. "
+                "Try --dtype float32, or check the checkpoint."
+            )
+        return Observed(self.site, self.stats, self.grams, power)
+
+
+@contextmanager
+def _watching(model: nn.Module, watches: Sequence[Watch]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for watch in watches:
+            stack.enter_context(observing(model.get_submodule(watch.site.name), watch.see))
+        yield
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from .ablation import ablated
 from .blocks import Batch, BlockStream
-from .calibration import into_batches
+from .calibration import into_batches, random_windows
 from .checkpoint import Checkpoint, load_tensors, tensor_bytes
 from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, cut_site
 from .selection import Choice
 from .sites import GROUP, HEAD, KINDS, Site, find_sites
-from .source import Source, open_source
+from .source import IMAGES, Source, open_source
 from .texts import load_tokenizer
 
 PERPLEXITY, MASKED_ACCURACY = "perplexity", "masked-token accuracy"
@@ -346,13 +346,13 @@ class Outputs:
 
 
 def probe_batches(source: Source, probes: int) -> list[Batch]:
-    """Random tokens to compare outputs on: full windows, and left-padded ones."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = source.config.vocab_size
+    """What to compare outputs on: noise for images; or random tokens, in full windows and left-padded ones."""
     longest = source.positions or 128
     length = max(2, min(96, longest - DECODED))
-    full = torch.randint(vocabulary, (probes, length), generator=generator)
-    padded = torch.randint(vocabulary, (probes, length // 2), generator=generator)
+    full = random_windows(source, probes, length)
+    if source.sees_images:
+        return [{IMAGES: full}]
+    padded = random_windows(source, probes, length // 2)
     mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
     return [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
 
@@ -394,7 +394,7 @@ def _stream(source: Source, batches: Sequence[Batch], dtype: torch.dtype, hooks:
 
 
 def _real(batch: Batch, output: Any) -> Tensor:
-    logits: Tensor = (output.logits if hasattr(output, "logits") else output.last_hidden_state).float()
+    logits: Tensor = (output.logits if hasattr(output, "logits") else output[0]).float()
     mask = batch.get("attention_mask")
     per_token = logits.dim() == 3  # a classifier answers once a window
     return logits[mask.bool()] if mask is not None and per_token else logits

@@ -14,7 +14,7 @@ class MLP:
 
     makers: tuple[str, ...]
     reader: str
-    width_key: str  # the config key of the number of neurons
+    width_key: str  # the config key of the number of neurons, or of their ratio to the hidden size
     bias_key: str | None = None  # the config key that gives the reader a bias, where it has none by nature
 
 
@@ -27,6 +27,8 @@ class Attention:
     value: str
     reader: str
     bias_key: str | None = None  # the config key that gives the reader a bias, where it has none by nature
+    tables: tuple[str, ...] = ()  # parameters with a column for every head, where the class has them
+    plain: bool = False  # nothing turns or norms queries and keys, so that heads can be narrower (`narrowing.py`)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Family:
     attention: Attention | None = None  # None where no stock class can hold it narrower
     hosts: tuple[str, ...] = ("own",)  # the classes that can hold the result, best first (`hosts.py`)
     host_settings: Mapping[str, object] = field(default_factory=dict)  # what is fixed here and optional in the hosts
+    pooler: str | None = None  # path of what follows the blocks and, where it is there, has an MLP like theirs
     leftovers: tuple[str, ...] = ()  # patterns of tensors that published files hold for another head, and that are lost
 
 
@@ -52,19 +55,32 @@ LLAMA_ATTENTION = Attention(
 # Granite where they do not, SmolLM3 where attention has a sliding window.
 LLAMA_HOSTS = ("llama", "granite", "smollm3")
 
+VIT_MLP = MLP(("mlp.fc1",), "mlp.fc2", "intermediate_size")
+VIT_ATTENTION = Attention("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", plain=True)
+
 BERT_MLP = MLP(("intermediate.dense",), "output.dense", "intermediate_size")
 BERT_LEFTOVERS = (r"(^|\.)pooler\.", r"^cls\.seq_relationship\.")
 
 FAMILIES = {
     family.model_type: family
     for family in (
+        Family(
+            "beit",
+            "layers",
+            VIT_MLP,
+            replace(VIT_ATTENTION, tables=("relative_position_bias.relative_position_bias_table",)),
+        ),
         Family("bert", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
         Family("camembert", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
+        Family("clip_vision_model", "encoder.layers", VIT_MLP),
+        Family("deit", "layers", VIT_MLP, VIT_ATTENTION),
+        Family("dinov2", "encoder.layer", replace(VIT_MLP, width_key="mlp_ratio"), VIT_ATTENTION),
         Family("distilbert", "transformer.layer", MLP(("ffn.lin1",), "ffn.lin2", "hidden_dim")),
         Family("electra", "encoder.layer", BERT_MLP),
         Family("gpt2", "h", MLP(("mlp.c_fc",), "mlp.c_proj", "n_inner")),
         Family("gpt_neox", "layers", MLP(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "intermediate_size")),
         Family("granite", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        Family("ijepa", "layers", VIT_MLP, VIT_ATTENTION),
         # Llama itself refuses heads that do not divide the hidden size
         Family("llama", "layers", LLAMA_MLP, LLAMA_ATTENTION, ("own", "granite")),
         Family("mistral", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS),
@@ -79,6 +95,7 @@ FAMILIES = {
         # Qwen2 always has biases on q, k and v, and never one on o
         Family("qwen2", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS, {"attention_bias": True}),
         Family("roberta", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
+        Family("siglip_vision_model", "encoder.layers", VIT_MLP, pooler="head"),
         Family("smollm3", "layers", LLAMA_MLP, LLAMA_ATTENTION),
         Family(
             "starcoder2",
@@ -86,6 +103,8 @@ FAMILIES = {
             MLP(("mlp.c_fc",), "mlp.c_proj", "intermediate_size", "use_bias"),
             replace(LLAMA_ATTENTION, bias_key="use_bias"),
         ),
+        Family("vit", "layers", VIT_MLP, VIT_ATTENTION),
+        Family("vit_msn", "layers", VIT_MLP, VIT_ATTENTION),
         Family("xlm-roberta", "encoder.layer", BERT_MLP, leftovers=BERT_LEFTOVERS),
     )
 }

@@ -111,13 +111,13 @@ def inspect(
     before = count_parameters(blueprint.blank)
     after = count_parameters(build_blank(target.model_class, target.config))
     whole = find_sites(blueprint.blank, blueprint.family, cuttable_kinds(blueprint.family), unit)
-    every = {site.kind: site for site in whole}
+    every = {site.kind: site for site in reversed(whole)}
     return Inspection(
         model=model,
         model_type=blueprint.family.model_type,
         model_class=blueprint.model_class.__name__,
         dtype=str(dtype).removeprefix("torch."),
-        blocks=1 + whole[-1].block,
+        blocks=len(find_blocks(blueprint.blank, blueprint.family)),
         sites=tuple(
             Cuttable(
                 kind,

@@ -1,5 +1,6 @@
 """Which neurons stay: the width that a ratio asks for, and the score that ranks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,13 +52,13 @@ def kept_width(width: int, ratio: float, step: int) -> int:
 
 def width_step(site: Site, multiple: int | None = None) -> int:
     """The neurons by which a site gets narrower: one unit from every group, or a multiple of an MLP's width."""
-    if site.unit > 1:
+    if site.kind == "attention":
         return site.unit * site.groups
     if multiple is None:
-        return MULTIPLE if site.neurons >= SMALL_WIDTH else SMALL_MULTIPLE
+        multiple = MULTIPLE if site.neurons >= SMALL_WIDTH else SMALL_MULTIPLE
     if multiple < 1:
         raise UsageError(f"--multiple-of {multiple}: expected a whole number from 1.")
-    return multiple
+    return math.lcm(multiple, site.step)
 
 
 def choose_fill(summary: Summary, fill: str) -> Tensor:

@@ -24,7 +24,7 @@ class Site:
     """
 
     kind: str
-    block: int
+    block: int  # the number of blocks, for what follows them
     name: str  # path of the reading module, as `model.get_submodule` takes it
     neurons: int
     hidden: int
@@ -35,6 +35,7 @@ class Site:
     bias_key: str | None = None  # the config key that opens the reader's bias
     unit: int = 1
     groups: int = 1
+    step: int = 1  # widths that the config can say are multiples of this
 
     @property
     def weight(self) -> str:
@@ -67,7 +68,7 @@ class Site:
 
 
 def find_sites(model: PreTrainedModel, family: Family, kinds: Sequence[str] = ("mlp",), unit: str = HEAD) -> list[Site]:
-    """The sites of a model in the order they compute: block by block, attention before the MLP.
+    """The sites of a model in the order they compute: block by block, attention before the MLP, then the pooler.
 
     Raises:
         UsageError: a kind or unit of another name.
@@ -79,12 +80,21 @@ def find_sites(model: PreTrainedModel, family: Family, kinds: Sequence[str] = ("
     if unit not in (HEAD, GROUP):
         raise UsageError(f"--unit {unit}: expected {HEAD} or {GROUP}.")
     path = blocks_path(model, family)
+    modules = dict(model.named_modules())
+    if f"{path}.0.{family.mlp.reader}" not in modules:
+        raise PrunePeakError(
+            f"this {family.model_type} has no {family.mlp.reader} in its blocks (an MLP of another kind, such as "
+            "DINOv2's SwiGLU), which prune-peak does not know."
+        )
     sites = []
     for index in range(len(find_blocks(model, family))):
         if "attention" in kinds:
             sites.append(_find_attention(model, family, f"{path}.{index}", index, unit))
         if "mlp" in kinds:
             sites.append(_find_mlp(model, family, f"{path}.{index}", index))
+    pooler = f"{path.removesuffix(family.blocks)}{family.pooler}"
+    if "mlp" in kinds and pooler in modules:
+        sites.append(_find_mlp(model, family, pooler, index + 1))
     return sites
 
 
@@ -100,9 +110,20 @@ def _find_mlp(model: PreTrainedModel, family: Family, block: str, index: int) ->
     cuts = {f"{name}.weight": 0 if transposed else 1}
     for maker in mlp.makers:
         cuts |= _rows_of(model, f"{block}.{maker}")
-    settings = {mlp.width_key: neurons}
+    # DINOv2's config holds a ratio to the hidden size, and only whole ones
+    said = getattr(model.config, mlp.width_key) or neurons
     return Site(
-        "mlp", index, name, neurons, hidden, cuts, transposed, settings, frozenset(settings), bias_key=mlp.bias_key
+        "mlp",
+        index,
+        name,
+        neurons,
+        hidden,
+        cuts,
+        transposed,
+        {mlp.width_key: said},
+        frozenset({mlp.width_key}),
+        bias_key=mlp.bias_key,
+        step=neurons // said,
     )
 
 
@@ -119,10 +140,14 @@ def _find_attention(model: PreTrainedModel, family: Family, block: str, index: i
     pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
     head_dim = neurons // heads
     cuts = {f"{name}.weight": 0 if transposed else 1} | _rows_of(model, f"{block}.{attention.query}")
+    settings = {"num_attention_heads": heads, "head_dim": head_dim}
+    if hasattr(config, "num_key_value_heads"):
+        settings["num_key_value_heads"] = pairs
     proportional = {"num_attention_heads"}
     pairs_leave = unit == GROUP or pairs == heads
     if pairs_leave:
         cuts |= _rows_of(model, f"{block}.{attention.key}") | _rows_of(model, f"{block}.{attention.value}")
+        cuts |= {f"{block}.{table}": 1 for table in attention.tables if f"{block}.{table}" in model.state_dict()}
         proportional.add("num_key_value_heads")
     return Site(
         "attention",
@@ -132,7 +157,7 @@ def _find_attention(model: PreTrainedModel, family: Family, block: str, index: i
         hidden,
         cuts,
         transposed,
-        {"num_attention_heads": heads, "num_key_value_heads": pairs, "head_dim": head_dim},
+        settings,
         frozenset(proportional),
         bias_key=attention.bias_key,
         unit=neurons // pairs if pairs_leave else head_dim,

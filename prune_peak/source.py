@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 # What travels with a checkpoint. Code, pickles and the source's own README do not.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 
+IMAGES = "pixel_values"  # the name of an input, (images, channels, height, width)
+
 MOST_BLOCKS = 1000  # far above any model; a config that claims more would only exhaust the memory
 
 # Buffers that older releases of transformers saved and newer ones compute
@@ -56,6 +58,11 @@ class Blueprint:
     def blank(self) -> PreTrainedModel:
         """The class without any numbers, for asking it about shapes and modules."""
         return build_blank(self.model_class, self.config)
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the inputs are images; tokens otherwise."""
+        return self.model_class.main_input_name == IMAGES
 
     @property
     def positions(self) -> int | None:

@@ -52,7 +52,8 @@ LAW_INTRODUCTION = """# The law, measured
 
 The largest difference between the logits of the written checkpoint and those of the original with its neurons held, as
 a share of the largest logit, in float32; the bound is 2e-5. Tiny random models of stock classes, other neurons cut in
-every block; a left-padded batch, a full one, and 24 tokens decoded with a cache. `before` and `after` are parameters.
+every block; a left-padded batch, a full one (of images, where those are seen), and 24 tokens decoded with a cache.
+`before` and `after` are parameters.
 Made by `pytest tests/test_law.py --write-docs`.
 """
 

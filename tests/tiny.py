@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 HIDDEN, WIDTH, BLOCKS, VOCABULARY, POSITIONS = 32, 64, 3, 97, 160
+IMAGE, PATCH = 24, 4
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Tiny:
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
+        common = {} if self.family in VISION else COMMON
         config = getattr(transformers, f"{self.family}Config")(
-            **(FAMILY_SETTINGS[self.family] | COMMON | self.settings)
+            **(FAMILY_SETTINGS[self.family] | common | self.settings)
         )
         model = getattr(transformers, f"{self.family}{self.head}")(config).eval()
         for name, parameter in model.named_parameters():
@@ -33,6 +35,13 @@ class Tiny:
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Path:
         self.build(seed).to(dtype).save_pretrained(folder, **options)
         return folder
+
+
+def random_inputs(model: PreTrainedModel, count: int, length: int = 64) -> dict[str, torch.Tensor]:
+    """Noise for a model that sees images, random tokens for the others."""
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(count, 3, IMAGE, IMAGE)}
+    return {"input_ids": torch.randint(3, VOCABULARY, (count, length))}
 
 
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -45,6 +54,25 @@ ROTARY = {
     "max_position_embeddings": POSITIONS,
 }
 BERT = {key: value for key, value in ROTARY.items() if key != "num_key_value_heads"}
+VIT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "image_size": IMAGE,
+    "patch_size": PATCH,
+    "num_labels": 5,
+}
+VISION: dict[str, dict[str, Any]] = {
+    "Beit": VIT | {"use_mask_token": False},
+    "CLIPVision": VIT | {"projection_dim": 16},
+    "DeiT": VIT,
+    "Dinov2": {key: value for key, value in VIT.items() if key != "intermediate_size"} | {"mlp_ratio": 2},
+    "IJepa": VIT,
+    "SiglipVision": VIT,
+    "ViT": VIT,
+    "ViTMSN": VIT,
+}
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": HIDDEN, "n_inner": WIDTH, "n_layer": BLOCKS, "n_head": 4, "n_positions": POSITIONS},
     "Llama": ROTARY,
@@ -69,7 +97,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "max_position_embeddings": POSITIONS,
     },
-}
+} | VISION
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -130,5 +158,27 @@ TINY = [
     Tiny("opt", "OPT"),
     Tiny("opt-gelu-untied", "OPT", settings={"activation_function": "gelu", "tie_word_embeddings": False}),
     Tiny("opt-350m", "OPT", settings={"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    Tiny("beit", "Beit", "ForImageClassification"),
+    Tiny("beit-relative", "Beit", "Model", {"use_relative_position_bias": True, "layer_scale_init_value": 0.0}),
+    Tiny("clip-tower", "CLIPVision", "ModelWithProjection"),
+    Tiny("deit", "DeiT", "ForImageClassification"),
+    Tiny("dinov2", "Dinov2", "ForImageClassification"),
+    Tiny("ijepa", "IJepa", "ForImageClassification"),
+    Tiny("siglip-tower", "SiglipVision", "Model"),
+    Tiny("vit", "ViT", "ForImageClassification"),
+    Tiny("vit-msn", "ViTMSN", "ForImageClassification"),
+    Tiny("vit-no-qkv-bias", "ViT", "ForImageClassification", {"qkv_bias": False}),
+]
+# Other classes over the same blocks, for the law alone
+MORE_HEADS = [
+    Tiny("beit-body", "Beit", "Model"),
+    Tiny("clip-tower-body", "CLIPVision", "Model"),
+    Tiny("deit-body", "DeiT", "Model"),
+    Tiny("deit-distilled", "DeiT", "ForImageClassificationWithTeacher"),
+    Tiny("dinov2-body", "Dinov2", "Model"),
+    Tiny("ijepa-body", "IJepa", "Model"),
+    Tiny("siglip-tower-no-head", "SiglipVision", "Model", {"vision_use_head": False}),
+    Tiny("vit-body", "ViT", "Model"),
+    Tiny("vit-msn-body", "ViTMSN", "Model"),
 ]
 BY_NAME = {tiny.name: tiny for tiny in TINY}
