@@ -22,15 +22,18 @@ MOST_SPLITS = 8  # ways of one target that are compared
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for; exactly one of the three."""
+    """What was asked for; exactly one of the first three."""
 
     ratio: Ratio | None = None
     target_params: float | None = None  # share of all parameters that may stay
     target_bytes: int | None = None
+    keep_shape: bool = False
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.ratio, self.target_params, self.target_bytes)) != 1:
             raise UsageError("pass one of --ratio, --target-params and --target-bytes: how much to cut.")
+        if self.keep_shape and self.ratio is None:
+            raise UsageError("--keep-shape saves nothing, so no target is reached; pass --ratio.")
         if self.target_params is not None and not 0 < self.target_params < 1:
             raise UsageError(f"--target-params {self.target_params}: expected a share between 0 and 1, e.g. 0.8.")
 

@@ -114,10 +114,16 @@ budget_options = all_options(
     click.option("--sites", type=Kinds(), help="What to cut: mlp, attention, or mlp,attention.  [default: mlp]"),
     click.option(
         "--unit",
-        type=click.Choice(["head", "group"]),
+        type=click.Choice(["head", "group", "neuron"]),
         default="head",
         show_default=True,
-        help="What leaves an attention: heads, as many of every KV group; or whole KV groups, which shrinks the cache.",
+        help="What leaves an attention: heads, as many of every KV group; whole KV groups, which shrinks the cache; "
+        "or, with --keep-shape, single neurons.",
+    ),
+    click.option(
+        "--keep-shape",
+        is_flag=True,
+        help="Zero what is cut, in place of deleting it: saves nothing, and cuts any attention.",
     ),
     click.option(
         "--multiple-of", type=int, help="Kept MLP widths are a multiple of this.  [default: 32; 8 below width 512]"
@@ -335,6 +341,8 @@ def _print_compression(result: "Compression") -> None:
         click.echo(
             f"Refit: of the error that the constants leave on held-out tokens, {left:.0%} is left (median of sites)."
         )
+    if result.keep_shape:
+        click.echo("Nothing is saved: what was cut is zero, and all shapes are the original's (--keep-shape).")
     click.echo(f"\nVerified. Written to {result.output}. Load it with:\n")
     click.echo("  from transformers import AutoTokenizer, " + result.model_class)
     click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")
@@ -362,7 +370,8 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
             (
                 site.kind,
                 f"{site.neurons} neurons in each of {i.blocks} blocks, in steps of {site.step}; "
-                f"constants go to the {site.constants}",
+                f"constants go to the {site.constants}"
+                + ("; in place only (--keep-shape), which saves nothing" if site.in_place else ""),
             )
             for site in i.sites
         ),

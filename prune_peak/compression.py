@@ -63,6 +63,7 @@ class Compression:
     before: Size
     after: Size
     share: Mapping[str, float]  # of the neurons that were cut, by the kind of site
+    keep_shape: bool  # they are zero, not gone
     quality_before: Quality | None  # None where the model predicts no tokens
     quality_after: Quality | None
     fills: Mapping[str, int]  # how many sites took which fill
@@ -82,6 +83,7 @@ def compress(
     target_bytes: int | None = None,
     sites: Sequence[str] | None = None,
     unit: str = HEAD,
+    keep_shape: bool = False,
     fill: str = "peak",
     refit: bool = True,
     score: str | None = None,
@@ -104,7 +106,10 @@ def compress(
         target_params, target_bytes: instead of a ratio, the share of all parameters, or the bytes, that the result may
             have at most; over two kinds of site, the split with the least predicted loss is taken.
         sites: "mlp" (the default), "attention", or both; those that the ratio names, where it names any.
-        unit: what leaves an attention together: a "head" (as many of every KV group) or a whole KV "group".
+        unit: what leaves an attention together: a "head" (as many of every KV group), a whole KV "group", or, with
+            `keep_shape`, a "neuron" alone.
+        keep_shape: zero what is cut, in place of deleting it. It saves nothing, and is the one way to cut an attention
+            that no stock class can hold narrower.
         output: the folder to write; `./<name>-peak-<ratio>` by default.
         fill: the constant a cut neuron is held at: peak, mean, median, zero, or auto: per site, what is best on
             held-out tokens.
@@ -130,9 +135,9 @@ def compress(
     """
     score = score or (ELIMINATION if refit else "deviation")
     _check_options(fill, score, refit, stats, samples)
-    budget = Budget(ratio, target_params, target_bytes)
+    budget = Budget(ratio, target_params, target_bytes, keep_shape)
     source = open_source(model, revision)
-    found = find_sites(source.blank, source.family, budget.kinds(sites), unit)
+    found = find_sites(source.blank, source.family, budget.kinds(sites), unit, keep_shape)
     measured = None if stats is None else _measured_before(Path(stats), source, found)
     exam = None if evaluate is None else _set_exam_on(evaluate, source, sequence_length)
     splits = budget.splits(source, found, multiple_of)
@@ -167,18 +172,20 @@ def compress(
         compute = DTYPES[measured.options["dtype"]]
         before = measure_quality(source, exam, compute) if exam else None
         after = measure_quality(written, exam, compute) if exam else None
+        cleared = {site.kind: site.neurons - kept[site.kind] for site in found if site.in_place}
         choices = {
             **budget.options,
             "sites": sorted(kept),
             "unit": unit,
+            "keep_shape": keep_shape,
             "fill": fill,
             "score": score,
             "multiple_of": multiple_of,
             "refit": refit,
         }
         recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
-            "before": asdict(_measure_size(source)),
-            "after": asdict(_measure_size(written)),
+            "before": asdict(_measure_size(source, {})),
+            "after": asdict(_measure_size(written, cleared)),
             "quality": {"before": before and asdict(before), "after": after and asdict(after)},
             "kept": kept,
             "fills": fills,
@@ -208,6 +215,7 @@ def compress(
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
         share={site.kind: 1 - kept[site.kind] / site.neurons for site in found},
+        keep_shape=keep_shape,
         quality_before=before,
         quality_after=after,
         fills=dict(Counter(fills.values())),
@@ -242,7 +250,7 @@ def save_statistics(
     if path.exists() and not force:
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
     source = open_source(model, revision)
-    sites = find_sites(source.blank, source.family, cuttable_kinds(source.family))
+    sites = find_sites(source.blank, source.family, cuttable_kinds(source.family, keep_shape=True), keep_shape=True)
     measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed)
     stats = {observed.site.name: observed.stats for observed in measured.sites}
     statistics = Statistics(stats, measured.windows, measured.options)
@@ -360,13 +368,16 @@ def _prepare_output(folder: Path, force: bool, layout: Layout) -> Path:
     return partial
 
 
-def _measure_size(source: Source) -> Size:
+def _measure_size(source: Source, cut: Mapping[str, int]) -> Size:
+    """The size of a model, some of whose neurons (by the kind of site) are there but zero."""
     neurons: Counter[str] = Counter()
     cache = 0
-    for site in find_sites(source.blank, source.family, cuttable_kinds(source.family)):
-        neurons[site.kind] += site.neurons
+    kinds = cuttable_kinds(source.family, keep_shape=True)
+    for site in find_sites(source.blank, source.family, kinds, keep_shape=True):
+        neurons[site.kind] += site.neurons - cut.get(site.kind, 0)
         if site.kind == "attention" and source.blank.can_generate():
-            cache += 2 * site.settings["num_key_value_heads"] * site.settings["head_dim"] * source.dtype.itemsize
+            groups, _, head_dim = site.heads
+            cache += 2 * groups * head_dim * source.dtype.itemsize
     return Size(dict(neurons), source.parameters, source.size, cache)
 
 

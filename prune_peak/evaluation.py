@@ -30,7 +30,7 @@ from .checkpoint import Checkpoint, load_tensors, tensor_bytes
 from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, cut_site
 from .selection import Choice
-from .sites import GROUP, HEAD, KINDS, Site, find_sites
+from .sites import KINDS, UNITS, Site, find_sites
 from .source import IMAGES, Source, open_source
 from .texts import load_tokenizer
 
@@ -196,7 +196,7 @@ def verify(folder: Path, original: Source | None = None) -> Verification:
     if result.passed and original is not None:
         plan = read_plan(folder)
         options = recipe["options"]
-        sites = find_sites(original.blank, original.family, options["sites"], options["unit"])
+        sites = find_sites(original.blank, original.family, options["sites"], options["unit"], options["keep_shape"])
         _check_plan(sites, plan, original)
         if options["refit"]:
             plan = _with_refits(plan, sites, open_source(str(folder)))
@@ -210,9 +210,10 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     try:
         recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
         options = recipe["options"]
-        well_formed = isinstance(recipe["tensors"], dict) and isinstance(options["refit"], bool)
-        if not well_formed or not set(options["sites"]) <= set(KINDS) or options["unit"] not in (HEAD, GROUP):
-            raise TypeError("tensors, options.refit, options.sites, options.unit")
+        flags = (options["refit"], options.setdefault("keep_shape", False))  # the second is newer than some folders
+        well_formed = isinstance(recipe["tensors"], dict) and all(isinstance(flag, bool) for flag in flags)
+        if not well_formed or not set(options["sites"]) <= set(KINDS) or options["unit"] not in UNITS:
+            raise TypeError("tensors, options.refit, options.keep_shape, options.sites, options.unit")
     except (OSError, ValueError, KeyError, TypeError):
         raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
     return dict(recipe)
@@ -231,14 +232,13 @@ def read_plan(folder: Path) -> dict[str, Choice]:
 
 def _with_refits(plan: Mapping[str, Choice], sites: Sequence[Site], written: Source) -> dict[str, Choice]:
     """The plan with the refitted readers, which only the written folder knows."""
-    return {
-        site.name: replace(
-            plan[site.name],
-            weight=site.as_matrix(written.read(site.weight)).float(),
-            bias=written.read(site.bias).float(),
-        )
-        for site in sites
-    }
+    refitted = {}
+    for site in sites:
+        choice, weight = plan[site.name], site.as_matrix(written.read(site.weight)).float()
+        if site.in_place:
+            weight = weight[:, choice.keep]
+        refitted[site.name] = replace(choice, weight=weight, bias=written.read(site.bias).float())
+    return refitted
 
 
 def _check_plan(sites: Sequence[Site], plan: Mapping[str, Choice], original: Source) -> None:

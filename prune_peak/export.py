@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from .checkpoint import Writer, save_tensors
 from .errors import PrunePeakError
-from .folding import cut, fold
+from .folding import clear, cut, fold
 from .hosts import Target
 from .selection import Choice
 from .sites import Site
@@ -108,17 +108,23 @@ class Export:
 
 
 def cut_site(source: Source, site: Site, choice: Choice) -> dict[str, Tensor]:
-    """The tensors of a site as the plan changes them: rows and columns gone, constants in the bias (float32).
+    """The tensors of a site as the plan changes them: rows and columns gone, or zero; constants in the bias (float32).
 
     A refitted reader is taken as it is.
     """
     tensors = {}
     for name, axis in site.cuts.items():
         tensor = source.read(name)
-        tensors[name] = cut(tensor, site.rows(choice.keep, tensor.shape[axis]), axis)
+        if site.in_place:
+            tensors[name] = clear(tensor, site.idle(name, choice.keep), axis)
+        else:
+            tensors[name] = cut(tensor, site.rows(choice.keep, tensor.shape[axis]), axis)
     weight = site.as_matrix(source.read(site.weight))
     if choice.weight is not None and choice.bias is not None:
-        return tensors | {site.weight: site.as_matrix(choice.weight), site.bias: choice.bias}
+        refitted = choice.weight
+        if site.in_place:
+            refitted = torch.zeros(weight.shape).index_copy(1, choice.keep, refitted)
+        return tensors | {site.weight: site.as_matrix(refitted), site.bias: choice.bias}
     bias = source.read(site.bias) if site.bias in source.names else None
     tensors[site.bias] = fold(weight, bias, choice.fill, choice.keep)
     return tensors

@@ -48,3 +48,14 @@ def cut(tensor: Tensor, keep: Tensor, axis: int) -> Tensor:
         tensor([[1, 3]])
     """
     return tensor.index_select(axis, keep)
+
+
+def clear(tensor: Tensor, idle: Tensor, axis: int) -> Tensor:
+    """A tensor with zeros at some indices along an axis: what is cut in place.
+
+    Example:
+        >>> import torch
+        >>> clear(torch.tensor([[1, 2, 3]]), torch.tensor([1]), axis=1)
+        tensor([[1, 0, 3]])
+    """
+    return tensor.index_fill(axis, idle, 0)

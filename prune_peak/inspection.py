@@ -48,6 +48,7 @@ class Cuttable:
     step: int  # neurons by which it gets narrower
     kept: int  # neurons; all of them where the kind is not cut
     constants: str  # where they go
+    in_place: bool  # can only be zeroed, or shall be: nothing is saved
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def inspect(
     target_bytes: int | None = None,
     sites: Sequence[str] | None = None,
     unit: str = HEAD,
+    keep_shape: bool = False,
     multiple_of: int | None = None,
     revision: str | None = None,
 ) -> Inspection:
@@ -102,16 +104,18 @@ def inspect(
     dtype = blueprint.config.dtype or torch.float32
     if target_params is None and target_bytes is None and ratio is None:
         ratio = RATIO
-    budget = Budget(ratio, target_params, target_bytes)
-    cut = find_sites(blueprint.blank, blueprint.family, budget.kinds(sites), unit)
+    budget = Budget(ratio, target_params, target_bytes, keep_shape)
+    cut = find_sites(blueprint.blank, blueprint.family, budget.kinds(sites), unit, keep_shape)
     first = {site.kind: site for site in cut}
     splits = budget.splits(blueprint, cut, multiple_of)
     kept = min(splits, key=lambda widths: max(1 - width / first[kind].neurons for kind, width in widths.items()))
     target = choose_target(blueprint, [site for site in cut if site.kind in kept], kept, dtype)
     before = count_parameters(blueprint.blank)
     after = count_parameters(build_blank(target.model_class, target.config))
-    whole = find_sites(blueprint.blank, blueprint.family, cuttable_kinds(blueprint.family), unit)
-    every = {site.kind: site for site in reversed(whole)}
+    narrower = () if keep_shape else cuttable_kinds(blueprint.family)
+    every: dict[str, Site] = {}
+    for kind in cuttable_kinds(blueprint.family, keep_shape=True):
+        every[kind] = find_sites(blueprint.blank, blueprint.family, [kind], unit, kind not in narrower)[0]
     return Inspection(
         model=model,
         model_type=blueprint.family.model_type,
@@ -121,12 +125,13 @@ def inspect(
         sites=tuple(
             Cuttable(
                 kind,
-                every[kind].neurons,
-                width_step(every[kind], multiple_of),
-                kept.get(kind, every[kind].neurons),
-                _place_of_constants(every[kind]),
+                site.neurons,
+                width_step(site, multiple_of),
+                kept.get(kind, site.neurons),
+                _place_of_constants(site),
+                site.in_place,
             )
-            for kind in cuttable_kinds(blueprint.family)
+            for kind, site in every.items()
         ),
         parameters=before,
         bytes=before * dtype.itemsize,
@@ -165,6 +170,7 @@ def estimate(
     target_bytes: int | None = None,
     sites: Sequence[str] | None = None,
     unit: str = HEAD,
+    keep_shape: bool = False,
     refit: bool = True,
     multiple_of: int | None = None,
     revision: str | None = None,
@@ -186,6 +192,7 @@ def estimate(
         target_bytes=target_bytes,
         sites=sites,
         unit=unit,
+        keep_shape=keep_shape,
         multiple_of=multiple_of,
         revision=revision,
     )
@@ -198,7 +205,7 @@ def estimate(
     # Seconds that a token takes in a block, with and without statistics, and in the head
     kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
     neurons = max(site.neurons for site in inspection.sites)
-    observed, bare = _time_block(source, kinds, length, compute, refit)
+    observed, bare = _time_block(source, kinds, keep_shape, length, compute, refit)
     head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
     forward = bare * inspection.blocks + head
     seconds = START_SECONDS + observed * inspection.blocks * samples * length
@@ -219,12 +226,12 @@ def estimate(
 
 
 def _time_block(
-    source: Source, kinds: Sequence[str], length: int, dtype: torch.dtype, refit: bool
+    source: Source, kinds: Sequence[str], keep_shape: bool, length: int, dtype: torch.dtype, refit: bool
 ) -> tuple[float, float]:
     """Seconds a token takes in the first block: with its statistics taken, and without."""
     windows = torch.randint(source.config.vocab_size, (2 * max(1, BATCH_TOKENS // length), length))
     batches = into_batches(windows)
-    sites = [site for site in find_sites(source.blank, source.family, kinds) if site.block == 0]
+    sites = [site for site in find_sites(source.blank, source.family, kinds, HEAD, keep_shape) if site.block == 0]
     began = time.perf_counter()
     for _ in calibrate(source, sites, batches, dtype, with_grams=refit):
         pass

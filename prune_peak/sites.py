@@ -1,7 +1,7 @@
 """A row of the table resolved on one model: where its neurons are made, and where they are read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PrunePeakError, UsageError
-from .families import Family
+from .families import Attention, Family
 
 KINDS = ("mlp", "attention")
-HEAD, GROUP = "head", "group"  # what leaves an attention together
+HEAD, GROUP, NEURON = UNITS = ("head", "group", "neuron")  # what leaves an attention together
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Site:
     unit: int = 1
     groups: int = 1
     step: int = 1  # widths that the config can say are multiples of this
+    in_place: bool = False  # nothing is deleted: what would be is zero
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in place: what of the heads a tensor makes,
+    by_group: bool = False  # and whether KV group by KV group
+    heads: tuple[int, int, int] = (1, 1, 1)  # KV groups, heads of each, neurons of each head
 
     @property
     def weight(self) -> str:
@@ -58,27 +62,61 @@ class Site:
         units = keep[:: self.unit] // self.unit
         return (units[:, None] * each + torch.arange(each)).flatten()
 
+    def idle(self, name: str, keep: Tensor) -> Tensor:
+        """The indices of a tensor along its axis in `cuts` that serve cut neurons alone.
+
+        Example: a value row of a KV group is idle where all heads of the group lose that neuron, a query row where the
+        whole head goes, a key row where the whole group does.
+        """
+        used = torch.zeros(self.neurons, dtype=torch.bool)
+        used[keep] = True
+        if name in self.parts:
+            heads = used.view(self.heads)
+            queries = heads.any(2, keepdim=True).expand_as(heads)
+            values = heads.any(1, keepdim=True)
+            rows = {"query": queries, "key": queries.any(1, keepdim=True), "value": values}
+            makes = [rows[part] for part in self.parts[name]]
+            used = torch.cat(makes, dim=1).flatten() if self.by_group else torch.cat([part.flatten() for part in makes])
+        return (~used).nonzero()[:, 0]
+
     def settings_at(self, kept: int) -> dict[str, object]:
         """What the config says of this site when `kept` neurons are left, with a bias to fold into."""
         settings: dict[str, object] = {
             key: value * kept // self.neurons if key in self.proportional else value
             for key, value in self.settings.items()
+            if not self.in_place
         }
         return settings if self.bias_key is None else settings | {self.bias_key: True}
 
 
-def find_sites(model: PreTrainedModel, family: Family, kinds: Sequence[str] = ("mlp",), unit: str = HEAD) -> list[Site]:
+def find_sites(
+    model: PreTrainedModel,
+    family: Family,
+    kinds: Sequence[str] = ("mlp",),
+    unit: str = HEAD,
+    keep_shape: bool = False,
+) -> list[Site]:
     """The sites of a model in the order they compute: block by block, attention before the MLP, then the pooler.
 
+    Args:
+        kinds: of site.
+        unit: what leaves an attention together.
+        keep_shape: fold in place, where shapes put no limit on what is cut.
+
     Raises:
-        UsageError: a kind or unit of another name.
+        UsageError: a kind or unit of another name, or a unit that would give every head its own width.
         PrunePeakError: no stock class can hold a narrower attention of this family.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"--sites {kind}: expected {', '.join(KINDS)}, or both with a comma between.")
-    if unit not in (HEAD, GROUP):
-        raise UsageError(f"--unit {unit}: expected {HEAD} or {GROUP}.")
+    if unit not in UNITS:
+        raise UsageError(f"--unit {unit}: expected one of {', '.join(UNITS)}.")
+    if unit == NEURON and "attention" in kinds and not keep_shape:
+        raise UsageError(
+            f"--unit {NEURON} leaves heads of different widths, which no stock class can hold. Cut whole heads, or "
+            "fold in place, at the same size (--keep-shape)."
+        )
     path = blocks_path(model, family)
     modules = dict(model.named_modules())
     if f"{path}.0.{family.mlp.reader}" not in modules:
@@ -89,18 +127,29 @@ def find_sites(model: PreTrainedModel, family: Family, kinds: Sequence[str] = ("
     sites = []
     for index in range(len(find_blocks(model, family))):
         if "attention" in kinds:
-            sites.append(_find_attention(model, family, f"{path}.{index}", index, unit))
+            if family.attention is None or (family.attention.fixed and not keep_shape):
+                raise PrunePeakError(_no_narrower(family))
+            find = _find_attention_in_place if keep_shape else _find_attention
+            sites.append(find(model, family.attention, f"{path}.{index}", index, unit))
         if "mlp" in kinds:
             sites.append(_find_mlp(model, family, f"{path}.{index}", index))
     pooler = f"{path.removesuffix(family.blocks)}{family.pooler}"
     if "mlp" in kinds and pooler in modules:
         sites.append(_find_mlp(model, family, pooler, index + 1))
-    return sites
+    return [replace(site, in_place=True) for site in sites] if keep_shape else sites
 
 
-def cuttable_kinds(family: Family) -> tuple[str, ...]:
-    """The kinds of site that a stock class can hold smaller."""
-    return KINDS if family.attention is not None else ("mlp",)
+def _no_narrower(family: Family) -> str:
+    reason = f"no stock class can hold a narrower attention of the family {family.model_type}"
+    instead = "" if family.attention is None else ", or fold it in place, at the same size (--keep-shape)"
+    return f"{reason}, so nothing would be saved; cut its MLP (--sites mlp){instead}."
+
+
+def cuttable_kinds(family: Family, keep_shape: bool = False) -> tuple[str, ...]:
+    """The kinds of site that a stock class can hold smaller, or that can be folded in place."""
+    if family.attention is None or (family.attention.fixed and not keep_shape):
+        return ("mlp",)
+    return KINDS
 
 
 def _find_mlp(model: PreTrainedModel, family: Family, block: str, index: int) -> Site:
@@ -127,13 +176,8 @@ def _find_mlp(model: PreTrainedModel, family: Family, block: str, index: int) ->
     )
 
 
-def _find_attention(model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
-    attention, config = family.attention, model.config
-    if attention is None:
-        raise PrunePeakError(
-            f"no stock class can hold a narrower attention of the family {family.model_type}, "
-            "so nothing would be saved; cut its MLP (--sites mlp)."
-        )
+def _find_attention(model: PreTrainedModel, attention: Attention, block: str, index: int, unit: str) -> Site:
+    config = model.config
     name = f"{block}.{attention.reader}"
     neurons, hidden, transposed = _measure_reader(model, name)
     heads = config.num_attention_heads
@@ -162,6 +206,36 @@ def _find_attention(model: PreTrainedModel, family: Family, block: str, index: i
         bias_key=attention.bias_key,
         unit=neurons // pairs if pairs_leave else head_dim,
         groups=1 if pairs_leave else pairs,
+    )
+
+
+def _find_attention_in_place(model: PreTrainedModel, attention: Attention, block: str, index: int, unit: str) -> Site:
+    """Any neurons, heads or groups: shapes stay, so they need not be regular."""
+    config, name = model.config, f"{block}.{attention.reader}"
+    neurons, hidden, transposed = _measure_reader(model, name)
+    heads = config.num_attention_heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
+    cuts = {f"{name}.weight": 0 if transposed else 1}
+    parts: dict[str, tuple[str, ...]] = {}
+    for part, maker in (("query", attention.query), ("key", attention.key), ("value", attention.value)):
+        for tensor, axis in _rows_of(model, f"{block}.{maker}").items():
+            cuts[tensor] = axis
+            parts[tensor] = (*parts.get(tensor, ()), part)
+    return Site(
+        "attention",
+        index,
+        name,
+        neurons,
+        hidden,
+        cuts,
+        transposed,
+        {},
+        frozenset(),
+        bias_key=attention.bias_key,
+        unit={NEURON: 1, HEAD: neurons // heads, GROUP: neurons // pairs}[unit],
+        parts=parts,
+        by_group=attention.by_group,
+        heads=(pairs, heads // pairs, neurons // heads),
     )
 
 

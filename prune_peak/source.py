@@ -62,7 +62,7 @@ class Blueprint:
     @property
     def sees_images(self) -> bool:
         """Whether the inputs are images; tokens otherwise."""
-        return self.model_class.main_input_name == IMAGES
+        return bool(self.model_class.main_input_name == IMAGES)
 
     @property
     def positions(self) -> int | None:

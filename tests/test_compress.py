@@ -157,7 +157,24 @@ def test_a_result_that_fails_is_not_kept(tmp_path: Path, text: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_attention_of_opt_is_folded_in_place(tmp_path: Path, text: Path) -> None:
+    words = ("--samples", 8, "--refit", "--sites", "attention", "--keep-shape")
+    result = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, *words, "--unit", "neuron")
+    assert result.exit_code == 0, result.output
+    assert "Nothing is saved" in result.stdout
+    recipe = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())
+    assert {check["check"] for check in recipe["verification"]} >= {"same function in float32, cached decoding"}
+    assert recipe["before"]["bytes"] == recipe["after"]["bytes"]
+    assert (recipe["before"]["neurons"]["attention"], recipe["after"]["neurons"]["attention"]) == (3 * 128, 3 * 90)
+    assert run("verify", tmp_path / "cut", "--model", EXAMPLES / "opt-mini").exit_code == 0
+    refused = compress(EXAMPLES / "opt-mini", tmp_path / "other", text, "--sites", "attention")
+    assert refused.exit_code == 1
+    assert "fold it in place, at the same size (--keep-shape)" in refused.stderr
+
+
 BAD = {
+    "single neurons of attention": (["--sites", "attention", "--unit", "neuron"], 2, "heads of different widths"),
+    "a target in place": (["--keep-shape", "--target-params", "0.8"], 2, "pass one of"),
     "unknown folder": (["--model", "nowhere/at-all"], 1, "nowhere/at-all"),
     "ratio 0": (["--ratio", "0"], 2, "between 0 and 1"),
     "ratio 1": (["--ratio", "1"], 2, "between 0 and 1"),

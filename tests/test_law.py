@@ -28,7 +28,7 @@ from prune_peak.export import PLAN_FILE, Export, lay_out
 from prune_peak.families import FAMILIES
 from prune_peak.hosts import choose_target
 from prune_peak.selection import Choice, select
-from prune_peak.sites import Site, find_sites
+from prune_peak.sites import Site, cuttable_kinds, find_sites
 from prune_peak.source import Source, open_source
 
 KEPT = 40
@@ -49,14 +49,15 @@ def cut_tiny(
     batches: list[Batch] | None = None,
     kinds: Sequence[str] = ("mlp",),
     unit: str = "head",
+    keep_shape: bool = False,
 ) -> Source:
     """Calibrate on random tokens and write, without a tokenizer; returns the opened source.
 
-    The MLP keeps `KEPT` neurons; attention half of its heads or KV groups, or a little more.
+    The MLP keeps `KEPT` neurons; attention half of its heads, KV groups or neurons, or a little more.
     """
     output.mkdir()
     source = open_source(str(folder))
-    sites = find_sites(source.blank, source.family, kinds, unit)
+    sites = find_sites(source.blank, source.family, kinds, unit, keep_shape)
     kept = {site.kind: kept_mlp(site) if site.kind == "mlp" else kept_attention(site) for site in sites}
     target = choose_target(source, sites, kept, source.dtype)
     batches = batches or into_batches(random_inputs(source.blank, 6)[source.blank.main_input_name], tokens=128)
@@ -132,7 +133,11 @@ def check_same(expected: Outputs, ours: Outputs) -> dict[str, str]:
 
 MLP, ATTENTION, BOTH = ("mlp",), ("attention",), ("mlp", "attention")
 ALL = TINY + MORE_HEADS
-NARROWER = [tiny for tiny in ALL if FAMILIES[tiny.build().config.model_type].attention and "qk-norm" not in tiny.name]
+NARROWER = [
+    tiny
+    for tiny in ALL
+    if "attention" in cuttable_kinds(FAMILIES[tiny.build().config.model_type]) and "qk-norm" not in tiny.name
+]
 GROUPED = [tiny for tiny in NARROWER if tiny.family not in VISION and tiny.name != "llama-one-group"]
 CASES = [(tiny, MLP, "head") for tiny in ALL]
 CASES += [(tiny, ATTENTION, "head") for tiny in NARROWER]
@@ -167,6 +172,57 @@ def test_written_checkpoint_equals_the_ablated_original(
     sizes = (f"{before:,}", f"{after:,}")
     what = " and ".join(kind if kind == "mlp" else f"{unit}s" for kind in kinds)
     law_table.append((tiny.name, source.family.model_type, what, type(ours).__name__, fill, *stages, *sizes))
+
+
+ONE_EACH = {tiny.build().config.model_type: tiny for tiny in TINY}.items()
+IN_PLACE = [(tiny, ATTENTION, "neuron") for model_type, tiny in ONE_EACH if FAMILIES[model_type].attention]
+IN_PLACE += [(BY_NAME[name], ATTENTION, "head") for name in ("bert", "gpt2", "gpt-neox-parallel", "llama-one-group")]
+IN_PLACE += [(BY_NAME[name], BOTH, "group") for name in ("opt-no-bias", "mistral-window")]
+
+
+@pytest.mark.parametrize(("tiny", "kinds", "unit"), IN_PLACE, ids=lambda value: getattr(value, "name", str(value)))
+def test_what_is_folded_in_place_equals_the_ablated_original(
+    tiny: Tiny, kinds: tuple[str, ...], unit: str, tmp_path: Path, law_table: list[tuple[str, ...]]
+) -> None:
+    folder = tiny.save(tmp_path / "source")
+    source = cut_tiny(folder, tmp_path / "cut", "mean", kinds=kinds, unit=unit, keep_shape=True)
+    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.blank, source.family, kinds, unit, keep_shape=True)
+    original, ours = load(folder, tiny.head), load(tmp_path / "cut", tiny.head)
+    with ablated(original, sites, plan):
+        expected = outputs(original)
+    seen = check_same(expected, outputs(ours, expected.decoded))
+    shapes = {name: tensor.shape for name, tensor in original.state_dict().items()}
+    written = ours.state_dict()
+    assert all(written[name].shape == shape for name, shape in shapes.items())
+    assert all(name.endswith(".bias") for name in written.keys() - shapes)
+    for site in sites:
+        assert 0 < len(plan[site.name].keep) < site.neurons
+        idle = {name: site.idle(name, plan[site.name].keep) for name in site.cuts}
+        assert len(idle[site.weight]) == site.neurons - len(plan[site.name].keep)
+        for name, axis in site.cuts.items():
+            assert not written[name].index_select(axis, idle[name]).any()
+    stages = (seen.get(stage, "-") for stage in ("padded", "prefill", "decode"))
+    sizes = (f"{original.num_parameters():,}", f"{ours.num_parameters():,}")
+    what = " and ".join(kind if kind == "mlp" else f"{unit}s" for kind in kinds) + ", in place"
+    law_table.append((tiny.name, source.family.model_type, what, type(ours).__name__, "mean", *stages, *sizes))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "gpt-neox-parallel", "distilbert", "opt", "llama-eight-heads"])
+def test_a_head_that_goes_whole_is_zero_and_no_other_is(name: str, tmp_path: Path) -> None:
+    """Queries, keys and values of the first head are idle, as the stock class orders them: moving them is not felt."""
+    tiny = BY_NAME[name]
+    model = tiny.build()
+    source = open_source(str(tiny.save(tmp_path / "source")))
+    site = find_sites(source.blank, source.family, ATTENTION, keep_shape=True)[0]
+    state, keep = model.state_dict(), torch.arange(site.neurons // 2, site.neurons)
+    idle = {name: site.idle(name, keep) for name in site.cuts}
+    assert all(len(idle[name]) * 2 == state[name].shape[axis] for name, axis in site.cuts.items())
+    state[site.weight].index_fill_(site.cuts[site.weight], idle[site.weight], 0)
+    expected = outputs(model)
+    for name, axis in site.cuts.items():
+        if name != site.weight:
+            state[name].index_fill_(axis, idle[name], 3.0)
+    check_same(expected, outputs(model, expected.decoded))
 
 
 def test_what_no_stock_class_can_hold_is_refused(tmp_path: Path) -> None:
