@@ -17,11 +17,12 @@ import transformers
 from . import __version__
 from .budget import Budget
 from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
+from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, verify
 from .export import RECIPE_FILE, Export, Layout, lay_out
 from .hosts import Target, choose_target
-from .planning import choose, choose_split
+from .planning import Decision, choose, choose_split
 from .refit import ELIMINATION, Refit
 from .selection import AUTO, FILLS, RANDOM, SCORES
 from .sites import HEAD, Site, cuttable_kinds, find_sites
@@ -156,6 +157,7 @@ def compress(
     try:
         fills: dict[str, str] = {}
         refits: dict[str, Refit] = {}
+        outcomes: dict[str, dict[str, Any]] = {}
         if measured is None:
             with_grams = refit or fill == AUTO
             measured = measure(source, found, calibration, samples, sequence_length, dtype, seed, with_grams)
@@ -164,6 +166,7 @@ def compress(
                 decision = choose(source, observed, kept[observed.site.kind], fill, score, refit, seed)
                 export.write_site(observed.site, decision.choice)
                 fills[observed.site.name] = decision.fill
+                outcomes[observed.site.name] = _tell_outcome(observed.site, decision)
                 if decision.refit is not None:
                     refits[observed.site.name] = decision.refit
             digests = export.finish()
@@ -182,6 +185,7 @@ def compress(
             "score": score,
             "multiple_of": multiple_of,
             "refit": refit,
+            "evaluate": None if evaluate is None else Path(evaluate).name,
         }
         recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
             "before": asdict(_measure_size(source, {})),
@@ -189,6 +193,7 @@ def compress(
             "quality": {"before": before and asdict(before), "after": after and asdict(after)},
             "kept": kept,
             "fills": fills,
+            "sites": outcomes,
             "refits": {name: asdict(fitted) for name, fitted in refits.items()},
             "tensors": digests,
         }
@@ -199,7 +204,9 @@ def compress(
             raise VerificationError(
                 f"the compressed model does not compute what it should, so it was not kept: {'; '.join(failed)}."
             )
-        _write_json(partial / RECIPE_FILE, recipe | {"verification": verification.checks})
+        recipe |= {"verification": verification.checks}
+        _write_json(partial / RECIPE_FILE, recipe)
+        write_card(partial, recipe, source)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
@@ -381,11 +388,16 @@ def _measure_size(source: Source, cut: Mapping[str, int]) -> Size:
     return Size(dict(neurons), source.parameters, source.size, cache)
 
 
+def _tell_outcome(site: Site, decision: Decision) -> dict[str, Any]:
+    kept = len(decision.choice.keep)
+    return {"kind": site.kind, "block": site.block, "neurons": site.neurons, "kept": kept, "lost": decision.lost}
+
+
 def _write_recipe(source: Source, target: Target, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
     """What was done with what; no dates and no times, so that the same command gives the same bytes."""
     return {
         "prune_peak": __version__,
-        "source": {"model": source.name, "revision": source.revision, "digest": source.digest},
+        "source": {"model": source.label, "revision": source.revision, "digest": source.digest},
         "options": dict(options),
         "calibration_digest": windows.digest,
         "host": target.model_class.__name__,

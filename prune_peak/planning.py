@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .budget import Widths
 from .calibration import Observed
 from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
-from .selection import AUTO, FILLS, Choice, choose_fill, select
+from .selection import AUTO, FILLS, Choice, choose_fill, lost_share, select
 from .source import Source
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ class Decision:
 
     choice: Choice
     fill: str
+    lost: float  # share of the site's weighted deviation from the fill that the cut neurons had
     refit: Refit | None = None  # None without the refit
 
 
@@ -42,11 +43,12 @@ def choose(
         assert evidence is not None
         errors = {name: output_error(weight, bias, choice, evidence.held_out) for name, choice in choices.items()}
         best = min(errors, key=lambda name: errors[name])
+    lost = lost_share(summary, choices[best], weight)
     if not refit:
-        return Decision(choices[best], best)
+        return Decision(choices[best], best, lost)
     assert evidence is not None
     choice, fitted = refit_best(weight, bias, choices[best], evidence)
-    return Decision(choice, best, fitted)
+    return Decision(choice, best, lost, fitted)
 
 
 def choose_split(

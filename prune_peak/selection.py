@@ -89,6 +89,12 @@ def score_weight_norm(summary: Summary, fill: Tensor, weight: Tensor) -> Tensor:
     return _norms(weight)
 
 
+def lost_share(summary: Summary, choice: Choice, weight: Tensor) -> float:
+    """Of the deviation of all neurons from their fills, as `score_deviation` weights it, the share of those cut."""
+    deviation = score_deviation(summary, choice.fill, weight)
+    return 1 - (deviation[choice.keep].sum() / deviation.sum().clamp_min(1e-300)).item()
+
+
 def _norms(weight: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
     return norms.double().square()

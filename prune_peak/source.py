@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # What travels with a checkpoint. Code, pickles and the source's own README do not.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+CARD = "README.md"  # read for its licence
 
 IMAGES = "pixel_values"  # the name of an input, (images, channels, height, width)
 
@@ -53,6 +54,11 @@ class Blueprint:
     family: Family
     config: PreTrainedConfig
     model_class: type[PreTrainedModel]
+
+    @property
+    def label(self) -> str:
+        """What to call it where others read: the Hub id, or the folder's own name, not where it lies."""
+        return self.name if self.revision is not None else self.folder.resolve().name
 
     @cached_property
     def blank(self) -> PreTrainedModel:
@@ -150,9 +156,9 @@ def open_source(name: str, revision: str | None = None) -> Source:
     Raises:
         PrunePeakError: with what is wrong and what to do, before any weight is read.
     """
-    folder, commit = _locate(name, revision, [*SIDE_FILES, "*.safetensors"])
+    folder, commit = _locate(name, revision, [*SIDE_FILES, CARD, "*.safetensors"])
     if commit is not None and not any(folder.glob("*.safetensors")):
-        folder, commit = _locate(name, commit, [*SIDE_FILES, "pytorch_model*.bin"])
+        folder, commit = _locate(name, commit, [*SIDE_FILES, CARD, "pytorch_model*.bin"])
     blueprint = _read_blueprint(name, commit, folder)
     config, blank = blueprint.config, blueprint.blank
     checkpoint = Checkpoint(folder)

@@ -1,0 +1,189 @@
+"""The model card: its fields, its numbers, and that what it says can be done."""
+
+import configparser
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from click.testing import CliRunner, Result
+from conftest import EXAMPLES
+from huggingface_hub import ModelCard
+
+import prune_peak
+from prune_peak.card import find_task
+from prune_peak.cli import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FRONT_MATTER = "---\nlicense: other\nlicense_name: mini\nlanguage:\n- en\ndownloads: 3\n---\nThe source's own words.\n"
+
+
+def compress(*words: object) -> Result:
+    return CliRunner().invoke(main, ["compress", *map(str, words), "-q"])
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose name nobody else need know; it holds a model and a text."""
+    folder = tmp_path_factory.mktemp("private-directory")
+    shutil.copytree(EXAMPLES / "llama-mini", folder / "llama-mini")
+    (folder / "llama-mini" / "README.md").write_text(FRONT_MATTER)
+    (folder / "notes.txt").write_text((Path(__file__).parent / "test_law.py").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(private: Path) -> Path:
+    words = ("--ratio", "mlp=0.3,attention=0.5", "--calibration", private / "notes.txt", "--samples", 8)
+    more = ("--evaluate", private / "notes.txt", "--sequence-length", 32, "--output", private / "cut")
+    result = compress("--model", private / "llama-mini", *words, *more)
+    assert result.exit_code == 0, result.output
+    return private / "cut"
+
+
+@pytest.fixture(scope="module")
+def card(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def test_round_trip(folder: Path, card: ModelCard) -> None:
+    assert str(card) == (folder / "README.md").read_text()
+    assert card.data.to_dict() == {
+        "base_model": "llama-mini",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["prune-peak", "pruning", "peak-ablation", "arxiv:2408.17322"],
+        "license": "other",
+        "license_name": "mini",
+        "language": ["en"],
+    }
+
+
+def test_the_numbers_are_those_of_the_recipe(folder: Path, card: ModelCard) -> None:
+    recipe = json.loads((folder / "prune_peak.json").read_text())
+    before, after = recipe["before"], recipe["after"]
+    assert f"| parameters | {before['parameters']:,} | {after['parameters']:,} |" in card.text
+    assert f"| bytes | {before['bytes']:,} | {after['bytes']:,} |" in card.text
+    first, second = (recipe["quality"][when] for when in ("before", "after"))
+    assert (
+        f"| perplexity | {first['value']:.2f} ± {first['standard_error']:.2f} | {second['value']:.2f} ± " in card.text
+    )
+    assert f"Perplexity on notes.txt: {first['windows']} windows of 32 tokens" in card.text
+    assert "50.0% of the attention neurons and 29.2% of the MLP neurons" in card.text
+    for site in recipe["sites"].values():
+        assert 0 < site["lost"] < 0.99
+        assert site["kept"] == recipe["kept"][site["kind"]] < site["neurons"]
+
+
+def test_nothing_tells_where_it_was_made(folder: Path) -> None:
+    for path in folder.iterdir():
+        assert b"private-directory" not in path.read_bytes(), path
+
+
+def test_links_and_pictures_resolve(folder: Path, card: ModelCard) -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", card.text)
+    assert [target for target in targets if target.startswith("http")] == ["https://arxiv.org/abs/2408.17322"]
+    for target in targets:
+        assert target.startswith("http") or (folder / target).is_file(), target
+    for name in re.findall(r"`(prune_peak[\w.]+)`", card.text):
+        assert (folder / name).is_file(), name
+
+
+def test_what_it_says_loads_it(folder: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    [code] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert type(names["model"]).__name__ == "LlamaForCausalLM"
+    assert names["tokenizer"]("it")["input_ids"]
+
+
+def test_what_it_says_makes_it_again(
+    private: Path, folder: Path, card: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(private)
+    [command] = re.findall(r"```\n(prune-peak compress.*?)```", card.text, re.DOTALL)
+    words = shlex.split(command.replace("\\\n", ""))[2:]
+    result = compress(*words, "--output", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_it(folder: Path, card: ModelCard) -> None:
+    markdown = pytest.importorskip("markdown_it")
+    pytest.importorskip("matplotlib")
+    measure = "<script>onload = () => document.body.append('width ' + document.images[0].naturalWidth)</script>"
+    page = folder.parent / "card.html"
+    page.write_text(
+        f'<base href="{folder.as_uri()}/">'
+        + markdown.MarkdownIt("commonmark").enable("table").render(card.text)
+        + measure
+    )
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "width 900" in shown
+    assert shown.count("<tr>") == 4  # the head, parameters, bytes, perplexity
+
+
+@pytest.mark.parametrize("front", ["no front matter", "---\nlicense: [\n---\n", "---\n- a\n- list\n---\n", "\xff"])
+def test_a_source_card_that_says_nothing(front: str, tmp_path: Path, text: Path) -> None:
+    source = shutil.copytree(EXAMPLES / "opt-mini", tmp_path / "opt mini")  # a blank: no id of the Hub
+    (source / "README.md").write_bytes(front.encode("latin-1"))
+    words = ("--ratio", 0.3, "--samples", 2, "--sequence-length", 16, "--calibration", text, "--no-refit")
+    result = compress("--model", source, *words, "--output", tmp_path / "cut")
+    assert result.exit_code == 0, result.output
+    card = ModelCard.load(tmp_path / "cut" / "README.md")
+    assert card.data.license is None
+    assert card.data.base_model is None
+    assert "refit left" not in card.text
+
+
+def test_without_matplotlib_the_table_is_written(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("matplotlib.figure", "matplotlib.ticker"):
+        monkeypatch.setitem(sys.modules, name, None)
+    caplog.set_level("WARNING", logger="prune_peak")  # an earlier -q may have silenced it
+    prune_peak.compress(
+        str(EXAMPLES / "opt-mini"), 0.3, tmp_path / "cut", samples=2, sequence_length=16, calibration=str(text)
+    )
+    assert [record.message for record in caplog.records] == [
+        "The card has no picture, for matplotlib is missing: pip install 'prune-peak[plots]'."
+    ]
+    card = ModelCard.load(tmp_path / "cut" / "README.md")
+    assert "| parameters |" in card.text
+    assert "prune_peak.png" not in card.text
+    assert not (tmp_path / "cut" / "prune_peak.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_class", "task"),
+    [
+        ("GraniteForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("BertForMaskedLM", "fill-mask"),
+        ("BertForSequenceClassification", "text-classification"),
+        ("BertModel", "feature-extraction"),
+        ("ViTForImageClassification", "image-classification"),
+        ("ViTModel", "image-feature-extraction"),
+    ],
+)
+def test_the_task_is_that_of_the_class(model_class: str, task: str) -> None:
+    assert find_task(getattr(transformers, model_class)) == task
+
+
+def test_the_template_is_in_the_package() -> None:
+    root = Path(__file__).parent.parent
+    settings = configparser.ConfigParser()
+    settings.read(root / "setup.cfg")
+    declared = settings["options.package_data"]["prune_peak"].split()
+    held = {path.name for path in (root / "prune_peak").iterdir() if path.is_file() and path.suffix != ".py"}
+    assert held == set(declared)
