@@ -1,8 +1,12 @@
-"""Hold neurons at constants by hooks on the stock model: the specification that every written checkpoint must meet."""
+"""Hold neurons by hooks on the stock model: the specification that every written checkpoint must meet.
 
-from collections.abc import Iterator, Mapping, Sequence
+At constants, or at what they were for another token (resampling), which no checkpoint could hold.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from .selection import Choice
@@ -27,11 +31,60 @@ def ablated(model: nn.Module, sites: Sequence[Site], plan: Mapping[str, Choice])
         yield
 
 
-def _hold(choice: Choice):  # type: ignore[no-untyped-def]
+@contextmanager
+def resampled(
+    model: nn.Module, sites: Sequence[Site], keeps: Mapping[str, Tensor], draw: Callable[[int], Tensor]
+) -> Iterator[None]:
+    """Within the context, every cut neuron takes the value that it has for another token of the batch.
+
+    Args:
+        keeps: by the site's name, the indices of the neurons that are not cut.
+        draw: for a number of tokens, the token that each takes its values from; called once a site and batch.
+    """
+    with ExitStack() as hooks:
+        for site in sites:
+            hook = _resample(_cut_mask(site.neurons, keeps[site.name]), draw)
+            handle = model.get_submodule(site.name).register_forward_pre_hook(hook)
+            hooks.callback(handle.remove)
+        yield
+
+
+def draw_others(generator: torch.Generator) -> Callable[[int], Tensor]:
+    """For `resampled`: a random one of the other tokens for each, every token once (a random cycle through them all).
+
+    Example:
+        >>> draw = draw_others(torch.Generator().manual_seed(0))
+        >>> others = draw(5)
+        >>> sorted(others.tolist()), bool((others == torch.arange(5)).any())
+        ([0, 1, 2, 3, 4], False)
+    """
+
+    def draw(tokens: int) -> Tensor:
+        cycle = torch.randperm(tokens, generator=generator)
+        return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
+
+    return draw
+
+
+def _cut_mask(neurons: int, keep: Tensor) -> Tensor:
+    return torch.ones(neurons, dtype=torch.bool).index_fill(0, keep, False)
+
+
+def _resample(is_cut: Tensor, draw: Callable[[int], Tensor]):  # type: ignore[no-untyped-def]
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        held = choice.fill.to(args[0].dtype).expand_as(args[0]).clone()
-        held[..., choice.keep] = args[0][..., choice.keep]
-        return held, *args[1:]
+        values = args[0]
+        flat = values.flatten(0, -2)
+        others = flat.index_select(0, draw(len(flat))).view_as(values)
+        return torch.where(is_cut, others, values), *args[1:]
+
+    return hook
+
+
+def _hold(choice: Choice):  # type: ignore[no-untyped-def]
+    is_cut = _cut_mask(len(choice.fill), choice.keep)
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.where(is_cut, choice.fill.to(args[0].dtype), args[0]), *args[1:]
 
     return hook
 

@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .compression import Compression
     from .evaluation import Quality
     from .inspection import Inspection
+    from .study import Study
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -129,15 +130,14 @@ budget_options = all_options(
         "--multiple-of", type=int, help="Kept MLP widths are a multiple of this.  [default: 32; 8 below width 512]"
     ),
 )
-calibration_options = all_options(
-    click.option(
-        "--calibration",
-        default="self",
-        show_default=True,
-        metavar="self|FILE.txt|FILE.jsonl|DATASET",
-        help="Text to measure the neurons on; `self` lets the model write it.",
-    ),
-    click.option("--samples", default=48, show_default=True, help="Windows of calibration."),
+calibration_option = click.option(
+    "--calibration",
+    default="self",
+    show_default=True,
+    metavar="self|FILE.txt|FILE.jsonl|DATASET",
+    help="Text to measure the neurons on; `self` lets the model write it.",
+)
+computing_options = all_options(
     click.option("--sequence-length", default=512, show_default=True, help="Tokens a window."),
     click.option(
         "--dtype",
@@ -145,6 +145,11 @@ calibration_options = all_options(
         help="Type to compute in; files keep the source's.  [default: the source's; float32 for float16]",
     ),
     click.option("--seed", default=0, show_default=True, help="Seed of all that is drawn at random."),
+)
+calibration_options = all_options(
+    calibration_option,
+    click.option("--samples", default=48, show_default=True, help="Windows of calibration."),
+    computing_options,
 )
 
 
@@ -299,6 +304,68 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
         sys.exit(3)
 
 
+@main.command()
+@click.option("--model", required=True, help="A model's folder or Hub id.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./<name>-ablation]")
+@click.option(
+    "--fill",
+    "fills",
+    multiple=True,
+    type=click.Choice(["zero", "mean", "median", "peak", "resample"]),
+    help="What the neurons are held at; `resample`: at their values for another token. Repeatable.  [default: all]",
+)
+@click.option(
+    "--fraction",
+    "fractions",
+    multiple=True,
+    type=click.FloatRange(0, 1),
+    help="Share of the neurons of every site that is held. Repeatable.  [default: 0, 0.1 ... 0.9]",
+)
+@click.option("--sites", type=Kinds(), help="mlp or attention; one after the other.  [default: mlp,attention]")
+@click.option(
+    "--select",
+    type=click.Choice(["random", "ranked"]),
+    default="random",
+    show_default=True,
+    help="Neurons at random, or those of the lowest --score first.",
+)
+@click.option(
+    "--score",
+    type=click.Choice(["variance", "deviation", "activation-norm", "weight-norm"]),
+    default="variance",
+    show_default=True,
+    help="What ranks them.",
+)
+@click.option("--seeds", default=3, show_default=True, help="Random choices of neurons; a ranked study has one.")
+@calibration_option
+@click.option("--text", metavar="FILE", help="Text to evaluate on.  [default: other windows of the calibration]")
+@click.option("--samples", default=8, show_default=True, help="Windows of calibration.")
+@click.option("--windows", type=int, help="Windows of evaluation, never the same.  [default: as many as --samples]")
+@computing_options
+@revision_option
+@click.option("--force", is_flag=True, help="Begin anew where the folder holds another study.")
+@talk_options
+def ablate(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure what held neurons cost: cross-entropy and top-1, over fills, fractions and kinds of site.
+
+    Writes tables (CSV and JSON) and a picture, and nothing else; the model stays as it is. A study that was stopped
+    goes on where it was.
+
+    \b
+    Examples:
+      prune-peak ablate --model HuggingFaceTB/SmolLM2-135M --calibration notes.txt
+      prune-peak ablate --model ./my-model --fill peak --fill mean --fraction 0.3 --sites attention --seeds 5
+    """
+    _settle(quiet)
+    from .study import ablate as run
+
+    study = run(**{name: value for name, value in options.items() if value not in ((), None)})
+    if as_json:
+        click.echo(json.dumps(study.to_json(), indent=2))
+    else:
+        _print_study(study)
+
+
 def _settle(quiet: bool) -> None:
     """Silence the libraries' chatter, and our own if asked to."""
     if quiet:
@@ -360,6 +427,35 @@ def _quality_cells(before: "Quality", after: "Quality") -> tuple[str, str, str]:
 
 def _change(before: int, after: int) -> str:
     return f"{after / before - 1:+.1%}"
+
+
+def _print_study(study: "Study") -> None:
+    protocol = study.protocol
+    for metric, unit in (("cross_entropy", "nats of cross-entropy gained"), ("top1", "share of top-1 accuracy lost")):
+        areas = [row for row in study.areas if row["metric"] == metric]
+        click.echo(f"Area under the curve, {unit}:")
+        click.echo(_table([("site", "fill", "area", "stderr"), *map(_area_cells, areas)]) + "\n")
+    click.echo("Orders that the errors carry, by cross-entropy (three standard errors of the difference):")
+    carried = [_order(row) for row in study.comparisons if row["carried"] and row["metric"] == "cross_entropy"]
+    for site, better in dict.fromkeys((site, better) for site, better, _ in carried):
+        click.echo(f"  {site}: {better} below {', '.join(w for s, b, w in carried if (s, b) == (site, better))}")
+    if not carried:
+        click.echo("  none")
+    windows = f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['text']}"
+    seeds = len(protocol["seeds"])
+    click.echo(f"{windows}, {seeds} seed{'s' * (seeds > 1)}, {protocol['dtype']}. Written to {study.output}.")
+
+
+def _area_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    error = row["area_stderr"]
+    return row["site"], row["fill"], f"{row['area']:.4f}", "-" if error is None else f"{error:.4f}"
+
+
+def _order(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The site, the fill that degrades less, and the other."""
+    pair = (row["fill"], row["other"])
+    better, worse = pair if row["difference"] > 0 else pair[::-1]
+    return row["site"], better, worse
 
 
 def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:

@@ -1,0 +1,322 @@
+"""The study measures what it says: its hooks are the law's, its errors are right, and a stopped one goes on."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import EXAMPLES
+from tiny import BY_NAME, TINY, VOCABULARY, Tiny
+
+from prune_peak import compress
+from prune_peak.ablation import ablated, draw_others, resampled
+from prune_peak.cells import Cell
+from prune_peak.cli import main
+from prune_peak.curves import CROSS_ENTROPY, Curve, is_carried, mean_and_error
+from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.evaluation import PERPLEXITY, Exam, Grades, read_plan, set_exam, take_exam
+from prune_peak.selection import Choice
+from prune_peak.sites import KINDS, find_sites
+from prune_peak.source import open_source
+from prune_peak.study import STUDIED_FILLS, Bench, ablate, find_studied, split_windows, summarize
+
+LLAMA = str(EXAMPLES / "llama-mini")
+SMALL: dict[str, Any] = {"samples": 2, "sequence_length": 48, "seeds": 2, "fractions": (0.0, 0.5)}
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes a second; one test draws."""
+    if "draws" not in request.node.name:
+        monkeypatch.setattr("prune_peak.study.can_draw", lambda: False)
+
+
+def bench_of(tiny: Tiny, folder: Path) -> Bench:
+    """On random tokens, every one of which is to be predicted at its own place."""
+    source = open_source(str(tiny.save(folder)))
+    sites = find_studied(source)
+    windows = torch.randint(3, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
+    exam = Exam(PERPLEXITY, "noise", [{"input_ids": part} for part in windows.split(1)], windows.split(1))
+    return Bench(source, sites, summarize(source, sites, windows, torch.float32), exam, torch.float32)
+
+
+def check_equal(ours: Grades, theirs: Grades) -> None:
+    assert torch.equal(ours.losses, theirs.losses)
+    assert torch.equal(ours.hits, theirs.hits)
+
+
+FEW = [BY_NAME[name] for name in ("gpt2", "llama-biased", "opt", "bert")]
+
+
+@pytest.mark.parametrize("tiny", {tiny.family: tiny for tiny in TINY}.values(), ids=lambda tiny: tiny.name)
+def test_both_kinds_of_site_can_be_studied_in_every_family(tiny: Tiny, tmp_path: Path) -> None:
+    source = open_source(str(tiny.save(tmp_path)))
+    sites = find_studied(source)
+    assert [site.kind for site in sites][:6] == ["attention", "mlp"] * 3
+    assert {site.unit for site in sites} == {1}
+
+
+@pytest.mark.parametrize("tiny", FEW, ids=lambda tiny: tiny.name)
+def test_resampling_from_its_own_token_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    bench = bench_of(tiny, tmp_path)
+    intact = bench.take_exam()
+    none_kept = {site.name: torch.empty(0, dtype=torch.int64) for site in bench.sites}
+    with resampled(bench.model, bench.sites, none_kept, torch.arange):
+        check_equal(bench.take_exam(), intact)
+    with resampled(bench.model, bench.sites, none_kept, draw_others(torch.Generator().manual_seed(0))):
+        assert (bench.take_exam().losses - intact.losses).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tiny", FEW, ids=lambda tiny: tiny.name)
+def test_zero_at_fraction_one_is_a_weight_of_zero(tiny: Tiny, kind: str, tmp_path: Path) -> None:
+    bench = bench_of(tiny, tmp_path)
+    intact = bench.take_exam()
+    held = bench.measure(Cell(kind, "zero", 1.0, 0))
+    check_equal(bench.take_exam(), intact)  # the hooks are gone
+    for site in bench.sites:
+        if site.kind == kind:
+            torch.nn.init.zeros_(bench.model.get_parameter(site.weight))
+    zeroed = bench.take_exam()
+    check_equal(held, zeroed)
+    assert (zeroed.losses - intact.losses).abs().max() > 1e-4
+
+
+def test_the_peak_of_a_constant_neuron_is_that_constant(tmp_path: Path) -> None:
+    tiny, neuron = BY_NAME["gpt2"], 5
+    model = tiny.build()
+    for block in model.transformer.h:
+        block.mlp.c_fc.weight.data[:, neuron] = 0.0
+        block.mlp.c_fc.bias.data[neuron] = 0.7
+    model.save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    sites = find_studied(source, ["mlp"])
+    windows = torch.randint(3, VOCABULARY, (4, 32))
+    summaries = summarize(source, sites, windows, torch.float32)
+    constant = model.transformer.h[0].mlp.act(torch.tensor(0.7)).item()
+    assert [summary.peak[neuron].item() for summary in summaries.values()] == pytest.approx([constant] * len(sites))
+    others = torch.tensor([index for index in range(sites[0].neurons) if index != neuron])
+    plan = {name: Choice(others, summary.peak.float()) for name, summary in summaries.items()}
+    with torch.inference_mode(), ablated(model, sites, plan):
+        held = model(windows).logits
+    torch.testing.assert_close(held, model(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ablation_at_the_plan_of_an_export_equals_that_export(text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": str(text), "samples": 4, "sequence_length": 48}
+    compress(LLAMA, {"mlp": 0.3, "attention": 0.5}, tmp_path / "cut", refit=False, **options)
+    source = open_source(LLAMA)
+    sites = find_sites(source.blank, source.family, KINDS)
+    exam = set_exam(source, split_windows(source, str(text), 4, 4, 48, 0).held_out, "text")
+    bench = Bench(source, sites, {}, exam, torch.float32)
+    dense = bench.take_exam()
+    with ablated(bench.model, sites, read_plan(tmp_path / "cut")):
+        held = bench.take_exam()
+    written = take_exam(open_source(str(tmp_path / "cut")), exam)
+    torch.testing.assert_close(written.losses, held.losses, rtol=2e-5, atol=0)
+    assert torch.equal(written.hits, held.hits)
+    assert (held.losses - dense.losses).abs().min() > 0.01
+
+
+def test_a_resampled_token_takes_every_value_once_and_never_its_own() -> None:
+    draw = draw_others(torch.Generator().manual_seed(0))
+    for tokens in (2, 3, 100):
+        others = draw(tokens)
+        assert sorted(others.tolist()) == list(range(tokens))
+        assert not (others == torch.arange(tokens)).any()
+
+
+@pytest.fixture(scope="module")
+def study_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("study") / "text.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:30_000])
+    return str(path)
+
+
+def test_the_same_seed_gives_the_same_rows(study_text: str, tmp_path: Path) -> None:
+    studies = [
+        ablate(LLAMA, tmp_path / str(number), calibration=study_text, seed=seed, **SMALL)
+        for number, seed in enumerate((0, 0, 5))
+    ]
+    assert studies[0].to_json() == studies[1].to_json()
+    losses = [[row["cross_entropy"] for row in study.measurements if row["fraction"]] for study in studies]
+    assert not set(losses[0]) & set(losses[2])
+
+
+def test_the_table_is_tidy(study_text: str, tmp_path: Path) -> None:
+    study = ablate(LLAMA, tmp_path / "study", calibration=study_text, **SMALL)
+    rows = json.loads((tmp_path / "study" / "measurements.json").read_text())
+    assert rows == study.to_json()
+    assert list(rows[0])[:6] == ["model", "site", "fill", "fraction", "select", "seed"]
+    assert list(rows[0])[6:10] == ["cross_entropy", "cross_entropy_stderr", "top1", "top1_stderr"]
+    cells = [(row["site"], row["fill"], row["fraction"], row["seed"]) for row in rows]
+    assert len(set(cells)) == len(cells) == 2 * len(STUDIED_FILLS) * 2 * 2
+    assert len({row["cross_entropy"] for row in rows if row["fraction"] == 0}) == 1  # intact, under every fill
+    with (tmp_path / "study" / "measurements.csv").open() as file:
+        assert [float(row["top1"]) for row in csv.DictReader(file)] == [row["top1"] for row in rows]
+    areas = json.loads((tmp_path / "study" / "areas.json").read_text())
+    mean = [row["cross_entropy"] for row in rows if (row["site"], row["fill"]) == ("mlp", "zero") and row["fraction"]]
+    expected = (sum(mean) / 2 - rows[0]["cross_entropy"]) * 0.5 / 2  # one trapezoid, a triangle
+    assert areas[0]["area"] == pytest.approx(expected)
+
+
+def test_a_stopped_study_goes_on(study_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ablate(LLAMA, tmp_path / "whole", calibration=study_text, **SMALL)
+    measured: list[Cell] = []
+    measure = Bench.measure
+
+    def stop_at_the_eighth(bench: Bench, cell: Cell) -> Grades:
+        measured.append(cell)
+        if len(measured) == 8:
+            raise KeyboardInterrupt
+        return measure(bench, cell)
+
+    monkeypatch.setattr(Bench, "measure", stop_at_the_eighth)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(LLAMA, tmp_path / "stopped", calibration=study_text, **SMALL)
+    file = tmp_path / "stopped" / "cells.jsonl"
+    assert len(file.read_text().splitlines()) == 8  # the question, and seven cells
+    with file.open("a") as half:
+        half.write('{"site": "mlp", "fi')
+    study = ablate(LLAMA, tmp_path / "stopped", calibration=study_text, **SMALL)
+    assert len(measured) == len(set(measured)) + 1 == study.protocol["cells"] + 1
+    assert study.to_json() == whole.to_json()
+    for changed in ({"samples": 3}, {"sequence_length": 40}, {"dtype": "bfloat16"}, {"select": "ranked"}):
+        with pytest.raises(PrunePeakError, match="cells of another question"):
+            ablate(LLAMA, tmp_path / "stopped", calibration=study_text, **(SMALL | changed))
+    assert ablate(LLAMA, tmp_path / "stopped", calibration=study_text, **SMALL).to_json() == whole.to_json()
+    again = ablate(LLAMA, tmp_path / "stopped", calibration=study_text, force=True, **(SMALL | {"samples": 3}))
+    assert again.measurements[0]["windows"] == 3
+
+
+def test_a_default_study_runs_the_model_91_times_a_seed(study_text: str, tmp_path: Path) -> None:
+    passes = 0
+
+    def count(module: torch.nn.Module, _: Any) -> None:
+        nonlocal passes
+        passes += type(module).__name__ == "LlamaForCausalLM"
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(count):
+        study = ablate(LLAMA, tmp_path / "study", calibration=study_text, samples=2, sequence_length=16, seeds=1)
+    assert len(study.measurements) == 100
+    assert passes == 91  # fraction 0 once; the calibration runs the blocks alone, once
+
+
+def test_a_ranked_study_cuts_what_a_score_ranks_lowest(study_text: str, tmp_path: Path) -> None:
+    options = SMALL | {"fractions": (0.3,), "sites": ("mlp",), "fills": ("mean", "resample")}
+    random, ranked = (
+        ablate(LLAMA, tmp_path / select, calibration=study_text, select=select, **options)
+        for select in ("random", "ranked")
+    )
+    assert [row["seed"] for row in ranked.measurements if row["fraction"]] == [0, 0]
+    for fill in ("mean", "resample"):
+        losses = [
+            max(row["cross_entropy"] for row in study.measurements if row["fraction"] and row["fill"] == fill)
+            for study in (random, ranked)
+        ]
+        assert losses[1] < losses[0]
+
+
+def test_calibration_and_evaluation_share_no_window(study_text: str) -> None:
+    source = open_source(LLAMA)
+    for samples, scored in ((6, 6), (6, 2), (500, 500)):
+        windows = split_windows(source, study_text, samples, scored, 48, 0)
+        rows = [{tuple(row) for row in part.tolist()} for part in (windows.calibration, windows.held_out)]
+        assert all(rows)
+        assert not rows[0] & rows[1]
+
+
+def test_own_text_needs_no_text(tmp_path: Path) -> None:
+    study = ablate(LLAMA, tmp_path / "study", fills=["peak"], **SMALL)
+    assert study.protocol["calibration"] == study.protocol["text"] == "the model's own text"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fills": ["average"]}, "--fill average"),
+        ({"fractions": [1.5]}, "--fraction 1.5"),
+        ({"sites": ["heads"]}, "--sites heads"),
+        ({"select": "best"}, "--select best"),
+        ({"score": "elimination"}, "--score elimination"),
+        ({"dtype": "int8"}, "--dtype int8"),
+        ({"seeds": 0}, "--seeds 0"),
+        ({"samples": 0}, "--samples 0"),
+        ({"windows": 0}, "--windows 0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_usage_mistakes(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        ablate(LLAMA, tmp_path / "study", **options)
+    assert not (tmp_path / "study").exists()
+
+
+def test_what_cannot_be_studied_is_refused(text: Path, tmp_path: Path) -> None:
+    tiny = BY_NAME["gpt2"].build()
+    tiny.transformer.save_pretrained(tmp_path / "body")
+    with pytest.raises(PrunePeakError, match="GPT2Model: it predicts nothing"):
+        ablate(str(tmp_path / "body"), tmp_path / "study", calibration=str(text))
+    text.write_text("Too short.")
+    with pytest.raises(PrunePeakError, match="fewer than one window"):
+        ablate(LLAMA, tmp_path / "study", calibration=str(text))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "cells.jsonl").write_text("something else\n")
+    with pytest.raises(PrunePeakError, match=r"another question \(unreadable\)"):
+        ablate(LLAMA, tmp_path / "study", **SMALL)
+
+
+def test_standard_errors_cover_windows_and_seeds() -> None:
+    """Over many simulated studies the mean of the squared errors is the variance of the means."""
+    generator = torch.Generator().manual_seed(0)
+    for window_spread, seed_spread in ((1.0, 0.0), (0.0, 1.0), (0.7, 0.7)):
+        seen = []
+        for _ in range(600):
+            windows = window_spread * torch.randn(1, 8, generator=generator)
+            seeds = seed_spread * torch.randn(6, 1, generator=generator)
+            seen.append(mean_and_error(windows + seeds + 0.5 * torch.randn(6, 8, generator=generator)))
+        means, errors = torch.tensor(seen).T
+        assert 0.9 < errors.square().mean() / means.var() < 1.3
+    assert mean_and_error(torch.tensor([[2.0]])) == (2.0, None)
+    values = torch.randn(1, 9, generator=generator, dtype=torch.float64)
+    assert mean_and_error(values)[1] == pytest.approx(values.std().item() / 3)
+
+
+def test_an_area_is_that_of_trapezoids_and_no_order_is_claimed_within_the_errors() -> None:
+    fractions = (0.0, 0.5, 1.0)
+    changes = torch.tensor(fractions, dtype=torch.float64)[:, None, None].expand(3, 2, 4)
+    assert torch.equal(
+        Curve("mlp", "zero", CROSS_ENTROPY, fractions, changes).areas(), torch.full((2, 4), 0.5).double()
+    )
+    assert is_carried(-1.0, 0.3)
+    assert not is_carried(-1.0, 0.4)
+    assert not is_carried(1.0, None)
+
+
+def test_the_command_prints_the_table_and_draws(study_text: str, tmp_path: Path) -> None:
+    arguments = ["ablate", "--model", LLAMA, "--calibration", study_text, "--samples", "2", "--sequence-length", "32"]
+    arguments += ["--fill", "peak", "--fraction", "0.3", "--seeds", "1", "--output", str(tmp_path / "study"), "-q"]
+    answer = CliRunner().invoke(main, [*arguments, "--json"])
+    assert answer.exit_code == 0, answer.stderr
+    assert [row["fraction"] for row in json.loads(answer.stdout)] == [0.0, 0.3, 0.0, 0.3]
+    picture = (tmp_path / "study" / "degradation.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    told = CliRunner().invoke(main, arguments)
+    assert told.exit_code == 0
+    assert "Area under the curve, nats" in told.stdout
+    assert (tmp_path / "study" / "degradation.png").read_bytes() == picture
+
+
+def test_without_matplotlib_the_tables_are_written(
+    study_text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", logger="prune_peak")
+    ablate(LLAMA, tmp_path / "study", calibration=study_text, fills=["peak"], **SMALL)
+    assert (tmp_path / "study" / "measurements.csv").is_file()
+    assert not (tmp_path / "study" / "degradation.png").exists()
+    assert [record.message for record in caplog.records if "[plots]" in record.message]
