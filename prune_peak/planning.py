@@ -34,7 +34,7 @@ def choose(
     names = FILLS if fill == AUTO else [fill]
     if score == ELIMINATION:
         assert evidence is not None
-        keep = eliminate(site, weight, evidence.whole.covariance, kept)
+        keep = eliminate(site, weight, evidence.whole, kept)
         choices = {name: Choice(keep, choose_fill(summary, name)) for name in names}
     else:
         choices = {name: select(site, summary, weight, kept, name, score, seed + site.block) for name in names}

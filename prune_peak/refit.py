@@ -10,11 +10,13 @@ chosen by the error on held-out tokens, and the pure fold is among the choices, 
 the output is wide, the error is taken on random projections of it.
 
 Which neurons to keep is decided knowing of the refit: backward elimination on the inverse covariance, where neuron j
-costs ||W_:j||^2 / [Cov^-1]_jj (the optimal brain surgeon's saliency, Hassibi and Stork 1993).
+costs ||W_:j||^2 / [Cov^-1]_jj (the optimal brain surgeon's saliency, Hassibi and Stork 1993). Most of those that stay
+are those of the highest activation norm, whatever the elimination says: what others can take over on the text of the
+calibration, they may not on another.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -26,8 +28,10 @@ from .selection import Choice
 from .sites import Site
 
 ELIMINATION = "elimination"  # the score's name
-RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, math.inf)
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+USUAL_RIDGE = 1e-1
 ELIMINATION_RIDGE = 1e-2
+PROTECTED = 0.75  # of the neurons that stay, the share that the activation norm alone decides
 ELIMINATION_STEPS = 16  # neurons leave in so many equal parts; between two, the inverse is brought up to date
 TRIANGLE_BLOCK = 256  # columns
 HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
@@ -135,36 +139,43 @@ class Refit:
     error: float  # held-out mean squared error of the output, as a share of that of the pure fold
 
 
-def eliminate(site: Site, weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
-    """The neurons to keep when the rest is refitted: backward elimination. Sorted indices, (kept,).
+def eliminate(site: Site, weight: Tensor, moments: Moments, kept: int) -> Tensor:
+    """The neurons to keep when the rest is refitted. Sorted indices, (kept,).
+
+    Where single neurons leave, those of the highest activation norm, E[x^2] ||W_:j||^2, stay in any case.
 
     Args:
         site: says which neurons leave together.
         weight: (hidden, neurons).
-        covariance: (neurons, neurons).
+        moments: of the neurons.
     """
     if site.unit > 1:
-        return _eliminate_units(site, weight, covariance, kept)
-    inverse = _invert(_ridged(covariance, ELIMINATION_RIDGE))
-    weight = weight.to(inverse.dtype, copy=True)
-    stays = torch.ones(site.neurons, dtype=torch.bool)
+        return _eliminate_units(site, weight, moments.covariance, kept)
+    second_moments = moments.covariance.diagonal() + moments.mean.float().square()
+    norms = weight.float().square().sum(0) * second_moments
+    order = norms.argsort(descending=True, stable=True)
+    stays, free = order.tensor_split([int(PROTECTED * kept)])
+    factor = torch.linalg.cholesky(_ridged(moments.covariance[order][:, order], ELIMINATION_RIDGE))
+    inverse = torch.cholesky_inverse(factor[len(stays) :, len(stays) :])  # the part of the whole inverse
+    columns = weight[:, free].to(inverse.dtype)
+    is_left = torch.ones(len(free), dtype=torch.bool)
     left = site.neurons - kept
     for part in range(ELIMINATION_STEPS, 0, -1):
         leaving = math.ceil(left / part)
         left -= leaving
-        saliency = torch.where(stays, weight.square().sum(0) / inverse.diagonal(), math.inf)
+        saliency = torch.where(is_left, columns.square().sum(0) / inverse.diagonal(), math.inf)
         out = saliency.argsort(stable=True)[:leaving]
         rows = inverse[out]
         gain = torch.linalg.solve(rows[:, out], rows)
-        weight.addmm_(weight[:, out], gain, alpha=-1)
+        columns.addmm_(columns[:, out], gain, alpha=-1)
         inverse.addmm_(rows.T, gain, alpha=-1)
-        stays[out] = False
-    return stays.nonzero()[:, 0]
+        is_left[out] = False
+    return torch.cat([stays, free[is_left]]).sort().values
 
 
 def _eliminate_units(site: Site, weight: Tensor, covariance: Tensor, kept: int) -> Tensor:
     """One unit at a time: that of the least loss, tr W_S [Cov^-1]_SS^-1 W_S', among groups that may still lose one."""
-    inverse = _invert(_ridged(covariance, ELIMINATION_RIDGE))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(covariance, ELIMINATION_RIDGE)))
     weight = weight.to(inverse.dtype, copy=True)
     units = torch.arange(site.neurons).view(-1, site.unit)
     left = set(range(len(units)))
@@ -187,41 +198,69 @@ def _eliminate_units(site: Site, weight: Tensor, covariance: Tensor, kept: int) 
     return units[sorted(left)].flatten()
 
 
-def refit(weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments, ridge: float) -> tuple[Tensor, Tensor]:
-    """The kept columns, (hidden, kept), and the bias, (hidden,), that stand in for the whole, in float32.
+class NormalEquations:
+    """What a refit of a site solves, for any ridge.
 
     Args:
         weight: (hidden, neurons), the output projection.
         bias: (hidden,) or None.
         choice: which neurons stay, and the fills of the others.
         moments: of the neurons.
-        ridge: as a share of the mean variance; infinity gives the pure fold.
     """
-    folded, columns = fold(weight, bias, choice.fill, choice.keep), weight[:, choice.keep]
-    if ridge == math.inf:
-        return columns.float(), folded
-    keep = choice.keep
-    cut = _complement(keep, weight.shape[1])
-    covariance, mean, lost = moments.covariance, moments.mean, weight[:, cut].double()
-    rows = covariance[keep]
-    factor = torch.linalg.cholesky(_ridged(rows[:, keep].double(), ridge, covariance))
-    delta = torch.cholesky_solve((rows[:, cut].double() @ lost.T), factor).T
-    shift = lost @ (mean[cut] - choice.fill[cut].double()) / (1 + ridge) - delta @ mean[keep]
-    return (columns.double() + delta).float(), (folded.double() + shift).float()
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments) -> None:
+        keep, cut = choice.keep, _complement(choice.keep, weight.shape[1])
+        rows, lost = moments.covariance[keep], weight[:, cut].float()
+        self.columns, self.folded = weight[:, keep].float(), fold(weight, bias, choice.fill, keep)
+        self.matrix = rows[:, keep].double()  # (kept, kept)
+        self.target = (rows[:, cut] @ lost.T).double()  # (kept, hidden)
+        self.mean = moments.mean[keep]
+        self.missed = lost.double() @ (moments.mean[cut] - choice.fill[cut].double())  # (hidden,), by the fold
+        self.scale = moments.covariance.diagonal().mean().clamp_min(1e-30)  # dead neurons leave it invertible
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """The kept columns, (hidden, kept), and the bias, (hidden,), that stand in for the whole, in float32.
+
+        Args:
+            ridge: as a share of the mean variance; infinity gives the pure fold.
+        """
+        if ridge == math.inf:
+            return self.columns, self.folded
+        ridged = self.matrix.clone()
+        ridged.diagonal().add_(ridge * self.scale)
+        delta = torch.cholesky_solve(self.target, torch.linalg.cholesky(ridged)).T
+        shift = self.missed / (1 + ridge) - delta @ self.mean
+        return (self.columns + delta).float(), (self.folded + shift).float()
 
 
 def refit_best(weight: Tensor, bias: Tensor | None, choice: Choice, evidence: Evidence) -> tuple[Choice, Refit]:
     """The refit with the ridge that is best on held-out tokens, then fitted on all of them."""
     sketch, sketched_bias = _project(weight, bias)
-    errors = {}
-    for ridge in RIDGES:
-        columns, offset = refit(sketch, sketched_bias, choice, evidence.fitted, ridge)
-        fitted = replace(choice, weight=columns, bias=offset)
-        errors[ridge] = output_error(sketch, sketched_bias, fitted, evidence.held_out)
+    equations = NormalEquations(sketch, sketched_bias, choice, evidence.fitted)
+
+    def error(ridge: float) -> float:
+        columns, offset = equations.solve(ridge)
+        return output_error(sketch, sketched_bias, replace(choice, weight=columns, bias=offset), evidence.held_out)
+
+    errors = _walk(error)
     best = min(errors, key=lambda ridge: errors[ridge])
-    columns, offset = refit(weight, bias, choice, evidence.whole, best)
+    columns, offset = NormalEquations(weight, bias, choice, evidence.whole).solve(best)
     share = errors[best] / max(errors[math.inf], 1e-300)
     return replace(choice, weight=columns, bias=offset), Refit(None if best == math.inf else best, share)
+
+
+def _walk(error: Callable[[float], float]) -> dict[float, float]:
+    """The errors of the pure fold, and of ridges from the usual one onwards, up and down, while they get better."""
+    errors = {ridge: error(ridge) for ridge in (math.inf, USUAL_RIDGE)}
+    start = RIDGES.index(USUAL_RIDGE)
+    for way in (RIDGES[start + 1 :], RIDGES[:start][::-1]):
+        before = errors[USUAL_RIDGE]
+        for ridge in way:
+            errors[ridge] = error(ridge)
+            if errors[ridge] >= before:
+                break
+            before = errors[ridge]
+    return errors
 
 
 def _project(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -249,13 +288,8 @@ def _complement(keep: Tensor, neurons: int) -> Tensor:
     return is_cut.nonzero()[:, 0]
 
 
-def _ridged(covariance: Tensor, ridge: float, whole: Tensor | None = None) -> Tensor:
-    """The covariance with a share of the mean variance on its diagonal; dead neurons leave it invertible."""
-    scale = (covariance if whole is None else whole).diagonal().mean().clamp_min(1e-30)
-    ridged = covariance.clone()
-    ridged.diagonal().add_(ridge * scale)
+def _ridged(matrix: Tensor, ridge: float) -> Tensor:
+    """The matrix with a share of its mean diagonal added to the diagonal; dead neurons leave it invertible."""
+    ridged = matrix.clone()
+    ridged.diagonal().add_(ridge * matrix.diagonal().mean().clamp_min(1e-30))
     return ridged
-
-
-def _invert(matrix: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))

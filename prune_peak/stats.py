@@ -179,19 +179,24 @@ class Stats:
         density[:, 0] = density[:, -1] = 0
         quartiles = (self._quantile(0.75) - self._quantile(0.25)).float() / self.width.clamp_min(1e-38) / 1.349
         width = (0.9 * self.sampled ** (-1 / 7) * quartiles).clamp(0.5, BINS / 8)  # balances a mode's bias and variance
-        smooth = _smooth(density, width)
+        spectrum = torch.fft.rfft(density, 2 * BINS)  # padded, so that the ends do not meet
+        smooth = _smooth(spectrum, width)
+        rising = torch.arange(self.neurons)
         for _ in range(FINER):
-            narrower = (width / 2).clamp_min(0.5)
-            finer = _smooth(density, narrower)
+            narrower = (width[rising] / 2).clamp_min(0.5)
+            finer = _smooth(spectrum[rising], narrower)
             height = finer.amax(1)
             noise = (height / (2 * torch.pi**0.5 * narrower)).clamp_min(0).sqrt()
-            higher = height - smooth.amax(1) > SIGNIFICANT * noise
-            smooth[higher], width[higher] = finer[higher], narrower[higher]
+            higher = height - smooth[rising].amax(1) > SIGNIFICANT * noise
+            rising = rising[higher]
+            if not len(rising):
+                break
+            smooth[rising], width[rising] = finer[higher], narrower[higher]
         # Once more inside the highest hump, by the hump's own width (half height, as that of a normal density)
         top = smooth.argmax(1, keepdim=True)
         hump = _run_around(smooth >= smooth.gather(1, top) / 2, top)
         spread = 0.9 * self.sampled ** (-1 / 7) * hump.sum(1) / 2.355
-        fine = _smooth(density, torch.minimum(spread, width).clamp_min(0.5)).masked_fill(~hump, 0)
+        fine = _smooth(spectrum, torch.minimum(spread, width).clamp_min(0.5)).masked_fill(~hump, 0)
         position = _parabola_top(fine)
         value = self.low.double() + (position + 0.5) * self.width.double()
         point_mass = self.repeats > POINT_MASS * self.sampled
@@ -209,13 +214,12 @@ def _most_repeated(ordered: Tensor) -> Tensor:
     return torch.from_numpy(numpy.take_along_axis(values, longest[:, None], axis=1)[:, 0])
 
 
-def _smooth(counts: Tensor, deviations: Tensor) -> Tensor:
-    """Each row of counts convolved with a normal density of its own deviation, in bins."""
-    size = 2 * counts.shape[1]  # padded, so that the ends do not meet
-    frequency = torch.fft.rfftfreq(size, dtype=counts.dtype)
+def _smooth(spectrum: Tensor, deviations: Tensor) -> Tensor:
+    """Each row of counts, given by its spectrum, convolved with a normal density of its own deviation, in bins."""
+    frequency = torch.fft.rfftfreq(2 * BINS)
     kernel = torch.exp(-2 * (torch.pi * frequency * deviations[:, None]) ** 2)
-    smooth: Tensor = torch.fft.irfft(torch.fft.rfft(counts, size) * kernel, size)
-    return smooth[:, : counts.shape[1]]
+    smooth: Tensor = torch.fft.irfft(spectrum * kernel, 2 * BINS)
+    return smooth[:, :BINS]
 
 
 def _run_around(mask: Tensor, top: Tensor) -> Tensor:

@@ -17,7 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
 from prune_peak.folding import fold
-from prune_peak.refit import PROJECTIONS, Evidence, Gram, Grams, eliminate, output_error, refit, refit_best
+from prune_peak.refit import (
+    PROJECTIONS,
+    PROTECTED,
+    Evidence,
+    Gram,
+    Grams,
+    NormalEquations,
+    eliminate,
+    output_error,
+    refit_best,
+)
 from prune_peak.selection import Choice
 
 NEURONS, HIDDEN, KEPT = 24, 6, 15
@@ -47,7 +57,7 @@ def site() -> tuple[Tensor, Tensor, Choice]:
 def test_without_a_ridge_it_is_least_squares() -> None:
     values = correlated(400)
     weight, bias, choice = site()
-    columns, offset = refit(weight, bias, choice, gram_of(values).moments(), 1e-10)
+    columns, offset = NormalEquations(weight, bias, choice, gram_of(values).moments()).solve(1e-10)
     design = numpy.concatenate([values[:, choice.keep].numpy(), numpy.ones((400, 1))], axis=1)
     wanted = (values @ weight.T + bias).numpy()
     solution = numpy.linalg.lstsq(design.astype(float), wanted.astype(float), rcond=None)[0]
@@ -58,18 +68,17 @@ def test_without_a_ridge_it_is_least_squares() -> None:
 
 def test_an_infinite_ridge_is_the_pure_fold() -> None:
     weight, bias, choice = site()
-    gram = gram_of(correlated(400)).moments()
+    equations = NormalEquations(weight, bias, choice, gram_of(correlated(400)).moments())
     for ridge in (math.inf, 1e12):
-        columns, offset = refit(weight, bias, choice, gram, ridge)
+        columns, offset = equations.solve(ridge)
         assert torch.allclose(columns, weight[:, choice.keep], atol=1e-5)
         assert torch.allclose(offset, fold(weight, bias, choice.fill, choice.keep), atol=1e-5)
 
 
 def test_keeping_all_is_the_identity() -> None:
     weight, bias, _ = site()
-    columns, offset = refit(
-        weight, bias, Choice(torch.arange(NEURONS), torch.zeros(NEURONS)), gram_of(correlated(99)).moments(), 0.1
-    )
+    everything = Choice(torch.arange(NEURONS), torch.zeros(NEURONS))
+    columns, offset = NormalEquations(weight, bias, everything, gram_of(correlated(99)).moments()).solve(0.1)
     assert torch.allclose(columns, weight, atol=1e-6)
     assert torch.allclose(offset, bias, atol=1e-6)
 
@@ -84,11 +93,23 @@ def loss(weight: Tensor, values: Tensor, keep: Tensor) -> float:
 def test_elimination_beats_plain_scores() -> None:
     values = correlated(800)
     weight = torch.randn(HIDDEN, NEURONS)
-    keep = eliminate(site_of(NEURONS), weight, gram_of(values).moments().covariance, KEPT)
+    keep = eliminate(site_of(NEURONS), weight, gram_of(values).moments(), KEPT)
     assert keep.tolist() == sorted(set(keep.tolist()))
     assert len(keep) == KEPT
     by_variance = (values.var(0) * weight.square().sum(0)).argsort(descending=True)[:KEPT]
     assert loss(weight, values, keep) < 0.9 * loss(weight, values, by_variance)
+
+
+def test_the_strongest_neurons_stay() -> None:
+    """Also one that others can take over: they may not on another text."""
+    values = correlated(800)
+    values[:, 0] = 3 * values[:, 1] + 3 * values[:, 2]
+    weight = torch.randn(HIDDEN, NEURONS)
+    keep = eliminate(site_of(NEURONS), weight, gram_of(values).moments(), KEPT)
+    norms = values.square().mean(0) * weight.square().sum(0)
+    strongest = norms.argsort(descending=True)[: int(PROTECTED * KEPT)].tolist()
+    assert 0 in strongest
+    assert set(strongest) <= set(keep.tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,7 +160,7 @@ def test_nothing_blows_up(name: str) -> None:
     fitted = gram_of(values[:border])
     held_out = Gram(fitted.pivot)
     held_out.add(values[border:])
-    keep = eliminate(site_of(weight.shape[1]), weight, fitted.moments().covariance, KEPT)
+    keep = eliminate(site_of(weight.shape[1]), weight, fitted.moments(), KEPT)
     result, report = refit_best(weight, bias, Choice(keep, choice.fill), evidence_of(fitted, held_out))
     assert result.weight is not None
     assert result.bias is not None
