@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prune_peak
 from prune_peak.cli import main
 
-MINI = ["opt-mini", "llama-mini"]
+MINI = ["opt-mini", "llama-mini", "mistral-mini"]
 
 
 def run(*words: object) -> Result:
@@ -157,6 +157,23 @@ def test_a_result_that_fails_is_not_kept(tmp_path: Path, text: Path, monkeypatch
     assert result.exit_code == 1
     assert "does not compute what it should" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_trained_window_is_kept(tmp_path: Path, text: Path) -> None:
+    """One of the three heads of every group leaves; what the window hides stays hidden, and it matters."""
+    options = {"calibration": str(text), "samples": 16}
+    result = prune_peak.compress(str(EXAMPLES / "mistral-mini"), {"attention": 0.3}, tmp_path / "cut", **options)
+    assert result.model_class == "SmolLM3ForCausalLM"
+    assert result.share["attention"] == pytest.approx(1 / 3)
+    assert result.quality_after.value < 1.5 * result.quality_before.value
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "cut")(text.read_text()[:2000], return_tensors="pt").input_ids
+    far, near = tokens[:, :128].clone(), tokens[:, :128].clone()
+    far[:, :4] = 7
+    near[:, -8:-4] = 7
+    dense, far, near = (model(inputs).logits[:, -1] for inputs in (tokens[:, :128], far, near))
+    assert torch.equal(dense, far)  # three blocks see 3 * 31 tokens back
+    assert not torch.allclose(dense, near, atol=0.1)
 
 
 def test_attention_of_opt_is_folded_in_place(tmp_path: Path, text: Path) -> None:
