@@ -13,6 +13,7 @@ from .errors import PrunePeakError, UsageError, VerificationError
 if TYPE_CHECKING:
     from .compression import Compression, compress
     from .evaluation import Verification, verify
+    from .hub import push
     from .source import Source, open_source
 
 __version__ = "0.1.0.dev0"
@@ -25,6 +26,7 @@ __all__ = [
     "VerificationError",
     "compress",
     "open_source",
+    "push",
     "verify",
 ]
 
@@ -34,6 +36,7 @@ _ROOMS = {
     "Verification": "evaluation",
     "compress": "compression",
     "open_source": "source",
+    "push": "hub",
     "verify": "evaluation",
 }
 

@@ -201,10 +201,12 @@ def main() -> None:
     help="Text for the perplexity (masked LM: accuracy) before and after, its first 24 windows.  "
     "[default: held-out calibration windows]",
 )
+@click.option("--push-to-hub", metavar="REPO_ID", help="Push the result to this repository, made if it is not there.")
+@click.option("--private", is_flag=True, help="Make that repository a private one.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, what it would take, and stop.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @talk_options
-def compress(as_json: bool, quiet: bool, dry_run: bool, **options: Any) -> None:
+def compress(as_json: bool, quiet: bool, dry_run: bool, push_to_hub: str | None, private: bool, **options: Any) -> None:
     """Cut neurons, fold their peaks, refit the rest, and write a smaller checkpoint for stock transformers.
 
     \b
@@ -218,13 +220,21 @@ def compress(as_json: bool, quiet: bool, dry_run: bool, **options: Any) -> None:
     if dry_run:
         _print_estimate(options, as_json)
         return
+    if private and push_to_hub is None:
+        raise UsageError("--private says how to push; add --push-to-hub REPO_ID.")
     from .compression import compress as run
+    from .hub import check_login, push
 
+    if push_to_hub is not None:
+        check_login(push_to_hub)
     result = run(**options)
-    if as_json:
-        click.echo(json.dumps(result.to_json(), indent=2))
-    else:
+    if not as_json:
         _print_compression(result)
+    address = None if push_to_hub is None else push(result.output, push_to_hub, private=private)
+    if as_json:
+        click.echo(json.dumps(result.to_json() | ({} if address is None else {"url": address}), indent=2))
+    elif address is not None:
+        click.echo(f"\nPushed to {address}")
 
 
 @main.command()
@@ -364,6 +374,29 @@ def ablate(as_json: bool, quiet: bool, **options: Any) -> None:
         click.echo(json.dumps(study.to_json(), indent=2))
     else:
         _print_study(study)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--revision", help="Branch to push to, made if it is not there.  [default: main]")
+@click.option("--commit-message", help="First line of the commit.")
+@talk_options
+def push(folder: Path, repo_id: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Verify a folder that `compress` wrote, push it to the Hub, and print its address.
+
+    Who pushes is who `hf auth login` or HF_TOKEN says. After a failure the same command goes on where it stopped.
+
+    \b
+    Example:
+      prune-peak push SmolLM2-135M-peak-0.3 me/SmolLM2-135M-peak-0.3 --private
+    """
+    _settle(quiet)
+    from .hub import push as run
+
+    address = run(folder, repo_id, **options)
+    click.echo(json.dumps({"url": address}, indent=2) if as_json else address)
 
 
 def _settle(quiet: bool) -> None:
