@@ -19,6 +19,7 @@ from . import __version__
 from .errors import PrunePeakError, UsageError
 
 if TYPE_CHECKING:
+    from .analysis import Analysis
     from .compression import Compression
     from .evaluation import Quality
     from .inspection import Inspection
@@ -399,6 +400,49 @@ def push(folder: Path, repo_id: str, as_json: bool, quiet: bool, **options: Any)
     click.echo(json.dumps({"url": address}, indent=2) if as_json else address)
 
 
+@main.command()
+@click.option("--model", required=True, help="A model's folder or Hub id.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [default: ./<name>-analysis]")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="self|FILE.txt|FILE.jsonl|DATASET",
+    help="Text to measure on; several are compared with each other. Repeatable.  [default: self, the model's own text]",
+)
+@click.option(
+    "--neuron",
+    "neurons",
+    multiple=True,
+    metavar="KIND:BLOCK:NEURON",
+    help="A neuron to draw beside the most striking ones, such as mlp:3:17. Repeatable.",
+)
+@click.option("--samples", default=16, show_default=True, help="Windows of each text to measure on.")
+@click.option("--windows", default=8, show_default=True, help="Others of each text to evaluate on, with several texts.")
+@computing_options
+@revision_option
+@click.option("--force", is_flag=True, help="Write into the folder though it exists.")
+@talk_options
+def analyze(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure how neurons are distributed, by site, head and block; with several texts, whether peaks and means hold.
+
+    Writes tables (CSV and JSON), pictures and a report that any browser opens offline.
+
+    \b
+    Examples:
+      prune-peak analyze --model HuggingFaceTB/SmolLM2-135M --text notes.txt
+      prune-peak analyze --model ./my-model --text news.txt --text code.txt
+    """
+    _settle(quiet)
+    from .analysis import analyze as run
+
+    analysis = run(**{name: value for name, value in options.items() if value not in ((), None)})
+    if as_json:
+        click.echo(json.dumps(analysis.to_json(), indent=2))
+    else:
+        _print_analysis(analysis)
+
+
 def _settle(quiet: bool) -> None:
     """Silence the libraries' chatter, and our own if asked to."""
     if quiet:
@@ -477,6 +521,46 @@ def _print_study(study: "Study") -> None:
     windows = f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['text']}"
     seeds = len(protocol["seeds"])
     click.echo(f"{windows}, {seeds} seed{'s' * (seeds > 1)}, {protocol['dtype']}. Written to {study.output}.")
+
+
+def _print_analysis(analysis: "Analysis") -> None:
+    """Medians over sites; the tables on disk hold every one of them."""
+    numbers = ("peak_off_zero", "peak_from_mean", "skewness", "kurtosis", "bimodal")
+    whole = [row for row in analysis.distributions if row["head"] is None]
+    click.echo("Medians over blocks (peak_from_mean in deviations; peak_off_zero and bimodal are shares of neurons):")
+    click.echo(_table([("text", "site", "tokens", *numbers), *_medians(whole, ("text", "site", "tokens"), numbers)]))
+    if analysis.stability:
+        moves = ("peak_moves", "mean_moves")
+        pairs = ("text", "other", "site")
+        click.echo("\nHow far peaks and means move, in deviations:")
+        click.echo(_table([(*pairs, *moves), *_medians(analysis.stability, pairs, moves)]))
+    if analysis.cross:
+        keys = ("calibrated", "evaluated", "site", "fill")
+        click.echo(f"\nNats gained with {analysis.cross[0]['fraction']:.0%} of the neurons held, and against the mean:")
+        cells = [
+            tuple(row[key] for key in keys)
+            + tuple(
+                f"{row[name]:+.4f} ± {row[name + '_stderr'] or 0:.4f}"
+                for name in ("cross_entropy_gained", "more_than_mean")
+            )
+            for row in analysis.cross
+        ]
+        click.echo(_table([(*keys, "gained", "more than mean"), *cells]))
+    click.echo(f"\nWritten to {analysis.output}; open {analysis.output / 'report.html'}.")
+
+
+def _medians(
+    rows: Sequence[Mapping[str, Any]], keys: tuple[str, ...], numbers: tuple[str, ...]
+) -> list[tuple[str, ...]]:
+    """One line for every value of the keys: the median of each number."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    lines = []
+    for group, members in groups.items():
+        known = [[row[name] for row in members if row[name] is not None] for name in numbers]
+        lines.append(group + tuple(f"{statistics.median(values):.3f}" if values else "-" for values in known))
+    return lines
 
 
 def _area_cells(row: Mapping[str, Any]) -> tuple[str, ...]:

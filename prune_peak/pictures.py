@@ -4,15 +4,20 @@ matplotlib is an extra (`[plots]`); ask `can_draw` first.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from .curves import CROSS_ENTROPY, METRICS, Curve
+from .distributions import Distribution, Move, Neuron, Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 MISSING = (
@@ -69,10 +74,119 @@ def _draw_curve(axes: "Axes", curve: Curve, scale: float) -> None:
     axes.fill_between(curve.fractions, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _panels(rows: int, columns: int) -> tuple["Figure", Any]:
+def draw_histograms(neurons: Sequence[Neuron], distributions: Sequence[Distribution], path: Path) -> None:
+    """A panel a neuron: its histogram, with peak, mean and zero marked."""
+    columns = 4
+    figure, panels = _panels(-(-len(neurons) // columns), columns, width=2.6, height=2.3)
+    shapes = {distribution.site.name: distribution.rest for distribution in distributions}
+    for axes, neuron in zip(panels.flat, neurons, strict=False):
+        _draw_histogram(axes, shapes[neuron.site.name], neuron.index)
+        axes.set_title(f"{neuron.why}\nblock {neuron.site.block}, neuron {neuron.index}", fontsize=8)
+        axes.set_xlabel("activation", fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in panels.flat[len(neurons) :]:
+        axes.axis("off")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("tokens", fontsize=8)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _draw_histogram(axes: "Axes", shape: Shape, index: int) -> None:
+    counts = shape.histogram[index, 1:-1].reshape(-1, 2).sum(1)  # the end bins hold all that lies beyond
+    low, width = shape.low[index].item(), shape.width[index].item()
+    if width:
+        edges = [low + width * (1 + 2 * step) for step in range(len(counts) + 1)]
+        axes.stairs(counts.tolist(), edges, fill=True, color="0.75")
+    for name, value, colour, dashes in (
+        ("zero", 0.0, STYLES["zero"][0], ":"),
+        ("mean", shape.mean[index].item(), STYLES["mean"][0], "--"),
+        ("peak", shape.peak[index].item(), STYLES["peak"][0], "-"),
+    ):
+        axes.axvline(value, color=colour, linestyle=dashes, linewidth=1.3, label=name)
+
+
+def draw_heads(distributions: Sequence[Distribution], path: Path) -> None:
+    """A map of head by block for each of four numbers, medians over the neurons of a head."""
+    of_heads = [distribution for distribution in distributions if distribution.site.kind == "attention"]
+    figure, panels = _panels(2, 2)
+    measures: tuple[tuple[str, Callable[[Shape], Tensor]], ...] = (
+        ("peak to zero (deviations)", lambda shape: shape.peak_from_zero.abs()),
+        ("peak to mean (deviations)", lambda shape: shape.peak_from_mean.abs()),
+        ("excess kurtosis", lambda shape: shape.kurtosis),
+        ("bimodality (Sarle; uniform 0.56)", lambda shape: shape.bimodality),
+    )
+    for axes, (title, measure) in zip(panels.flat, measures, strict=True):
+        values = [measure(d.rest).view(d.heads, -1).nanmedian(1).values for d in of_heads]
+        image = axes.imshow(torch.stack(values, 1).numpy(), aspect="auto", origin="lower", cmap="cividis")
+        _label_map(figure, axes, image, title, "head")
+    _save(figure, path)
+
+
+def draw_blocks(distributions: Sequence[Distribution], path: Path) -> None:
+    """Maps of the MLP blocks: for each of four numbers, the share of a block's neurons at every value."""
+    of_mlps = [distribution for distribution in distributions if distribution.site.kind == "mlp"]
+    figure, panels = _panels(2, 2)
+    measures: tuple[tuple[str, float, float, Callable[[Shape], Tensor]], ...] = (
+        ("peak from zero (deviations)", -2, 2, lambda shape: shape.peak_from_zero),
+        ("peak from mean (deviations)", -2, 2, lambda shape: shape.peak_from_mean),
+        ("skewness", -6, 6, lambda shape: shape.skewness),
+        ("excess kurtosis (log10 of 3 + it)", 0, 3, lambda shape: (shape.kurtosis + 3).log10()),
+    )
+    for axes, (label, low, high, measure) in zip(panels.flat, measures, strict=True):
+        values = [measure(d.rest).nan_to_num(0.0).clamp(low, high) for d in of_mlps]
+        shares = [each.float().histc(40, low, high) / len(each) for each in values]
+        image = axes.imshow(
+            torch.stack(shares, 1).numpy(),
+            aspect="auto",
+            origin="lower",
+            cmap="cividis",
+            extent=(-0.5, len(of_mlps) - 0.5, low, high),
+        )
+        _label_map(figure, axes, image, "share of neurons", label)
+    _save(figure, path)
+
+
+def draw_moves(moves: Mapping[tuple[str, str], Sequence[Move]], path: Path) -> None:
+    """How far peaks and means move between texts, by block: medians over neurons."""
+    kinds = list(dict.fromkeys(move.site.kind for each in moves.values() for move in each))
+    figure, panels = _panels(1, len(kinds))
+    colours = [colour for colour, _ in STYLES.values()]
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        for number, ((one, other), each) in enumerate(moves.items()):
+            of_kind = [move for move in each if move.site.kind == kind]
+            blocks = [move.site.block for move in of_kind]
+            for name, dashes in (("peak", "-"), ("mean", "--")):
+                values = [getattr(move, name).nanmedian().item() for move in of_kind]
+                label = f"{name}: {one} to {other}"
+                axes.plot(blocks, values, dashes, color=colours[number % len(colours)], label=label)
+        axes.set(title=f"{kind} neurons", xlabel="block", ylabel="move (deviations)", ylim=(0, None))
+        _count(axes.xaxis)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=1, fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+def _label_map(figure: "Figure", axes: "Axes", image: Any, title: str, label: str) -> None:
+    axes.set(xlabel="block", ylabel=label)
+    axes.set_title(title, fontsize=10)
+    _count(axes.xaxis)
+    if label == "head":
+        _count(axes.yaxis)
+    figure.colorbar(image, ax=axes)
+
+
+def _count(axis: "Axis") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _panels(rows: int, columns: int, width: float = WIDTH, height: float = HEIGHT) -> tuple["Figure", Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), dpi=DOTS, layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), dpi=DOTS, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -153,7 +153,8 @@ def ablate(
         if missing:
             summaries = summarize(source, studied, measured.calibration, DTYPES[compute])
             exam = set_exam(source, scored.held_out, scored.source)
-            bench = Bench(source, studied, summaries, exam, DTYPES[compute], score if select == RANKED else None)
+            whole = load_whole(source, DTYPES[compute])
+            bench = Bench(whole, studied, summaries, exam, score if select == RANKED else None)
             for cell in tqdm(missing, desc="ablate", unit="cell"):
                 file.add(cell, bench.measure(cell))
         graded = dict(file.graded)
@@ -241,8 +242,14 @@ def summarize(source: Source, sites: Sequence[Site], windows: Tensor, dtype: tor
     return {seen.site.name: seen.stats.summarize() for seen in observed}
 
 
+def load_whole(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The stock model with all its weights, by transformers."""
+    model: PreTrainedModel = source.model_class.from_pretrained(source.folder, dtype=dtype).eval()
+    return model
+
+
 class Bench:
-    """A stock model held whole, to measure cells on.
+    """A stock model and an exam, to measure cells.
 
     Args:
         summaries: of every site, by its name.
@@ -251,14 +258,13 @@ class Bench:
 
     def __init__(
         self,
-        source: Source,
+        model: PreTrainedModel,
         sites: Sequence[Site],
         summaries: Mapping[str, Summary],
         exam: Exam,
-        dtype: torch.dtype,
         score: str | None = None,
     ) -> None:
-        self.model: PreTrainedModel = source.model_class.from_pretrained(source.folder, dtype=dtype).eval()
+        self.model = model
         self.sites = sites
         self.summaries = summaries
         self.score = score

@@ -21,7 +21,7 @@ from prune_peak.evaluation import PERPLEXITY, Exam, Grades, read_plan, set_exam,
 from prune_peak.selection import Choice
 from prune_peak.sites import KINDS, find_sites
 from prune_peak.source import open_source
-from prune_peak.study import STUDIED_FILLS, Bench, ablate, find_studied, split_windows, summarize
+from prune_peak.study import STUDIED_FILLS, Bench, ablate, find_studied, load_whole, split_windows, summarize
 
 LLAMA = str(EXAMPLES / "llama-mini")
 SMALL: dict[str, Any] = {"samples": 2, "sequence_length": 48, "seeds": 2, "fractions": (0.0, 0.5)}
@@ -40,7 +40,7 @@ def bench_of(tiny: Tiny, folder: Path) -> Bench:
     sites = find_studied(source)
     windows = torch.randint(3, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(0))
     exam = Exam(PERPLEXITY, "noise", [{"input_ids": part} for part in windows.split(1)], windows.split(1))
-    return Bench(source, sites, summarize(source, sites, windows, torch.float32), exam, torch.float32)
+    return Bench(tiny.build(), sites, summarize(source, sites, windows, torch.float32), exam)
 
 
 def check_equal(ours: Grades, theirs: Grades) -> None:
@@ -111,7 +111,7 @@ def test_an_ablation_at_the_plan_of_an_export_equals_that_export(text: Path, tmp
     source = open_source(LLAMA)
     sites = find_sites(source.blank, source.family, KINDS)
     exam = set_exam(source, split_windows(source, str(text), 4, 4, 48, 0).held_out, "text")
-    bench = Bench(source, sites, {}, exam, torch.float32)
+    bench = Bench(load_whole(source, torch.float32), sites, {}, exam)
     dense = bench.take_exam()
     with ablated(bench.model, sites, read_plan(tmp_path / "cut")):
         held = bench.take_exam()

@@ -1,0 +1,147 @@
+"""`analyze`: tables, pictures, and a report that a browser opens offline."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import EXAMPLES
+
+from prune_peak.analysis import NOISE, Analysis, analyze
+from prune_peak.cli import main
+from prune_peak.errors import PrunePeakError, UsageError
+
+LLAMA = str(EXAMPLES / "llama-mini")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PICTURES = ("histograms-mlp", "histograms-attention", "heads", "blocks", "moves")
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("analysis")
+    words = "\n\n".join(topics[name] for name in sorted(topics))
+    (folder / "topics.txt").write_text(words[:40_000])
+    (folder / "backwards.txt").write_text(words[40_000:80_000][::-1])
+    texts = [str(folder / "topics.txt"), str(folder / "backwards.txt")]
+    options = {"samples": 4, "windows": 3, "sequence_length": 48}
+    return analyze(LLAMA, folder / "out", texts=texts, neurons=["mlp:1:17"], **options)  # type: ignore[arg-type]
+
+
+def test_tables_hold_every_site_and_head(analysis: Analysis) -> None:
+    written = json.loads((analysis.output / "distributions.json").read_text())
+    assert written == json.loads(json.dumps(analysis.distributions))
+    whole = [row for row in written if row["head"] is None]
+    assert len(whole) == 2 * 3 * 2 * 2  # texts, blocks, kinds, first and rest
+    assert len(written) - len(whole) == 2 * 3 * 4 * 2  # four heads a block
+    assert {row["counted"] for row in whole if row["tokens"] == "first"} == {4}
+    assert {row["counted"] for row in whole if row["tokens"] == "rest"} == {4 * 47}
+    assert all((analysis.output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in PICTURES)
+
+
+def test_another_text_moves_neurons_further_than_other_windows_do(analysis: Analysis) -> None:
+    def typical(other: str, number: str) -> float:
+        values = [row[number] for row in analysis.stability if row["other"] == other and row["site"] == "mlp"]
+        return sorted(values)[len(values) // 2]
+
+    assert typical("backwards.txt", "mean_moves") > typical(NOISE, "mean_moves")
+    assert len(analysis.stability) == 3 * 6  # each text with itself, and the two; six sites
+
+
+def test_the_cross_table_knows_zero_and_its_own_differences(analysis: Analysis) -> None:
+    rows = {tuple(row[key] for key in ("calibrated", "evaluated", "site", "fill")): row for row in analysis.cross}
+    assert len(rows) == len(analysis.cross) == 2 * 2 * 2 * 4
+    one, two = analysis.protocol["texts"]
+    for evaluated in (one, two):
+        for kind in ("mlp", "attention"):
+            zeros = [rows[calibrated, evaluated, kind, "zero"]["cross_entropy_gained"] for calibrated in (one, two)]
+            assert zeros[0] == zeros[1]
+    peak, mean = rows[one, two, "mlp", "peak"], rows[one, two, "mlp", "mean"]
+    difference = peak["cross_entropy_gained"] - mean["cross_entropy_gained"]
+    assert peak["more_than_mean"] == pytest.approx(difference)
+
+
+def test_the_report_asks_for_nothing_outside_itself(analysis: Analysis) -> None:
+    page = (analysis.output / "report.html").read_text()
+    links = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert len(links) == 1 + len(PICTURES)
+    assert all(link.startswith("data:") for link in links)
+    assert "<script" not in page
+    assert "url(" not in page
+    assert page.count("<table>") == 4
+
+
+PROBE = """<script>
+addEventListener("error", event => document.title = "failed", true);
+addEventListener("securitypolicyviolation", () => document.title = "left");
+addEventListener("load", () => {
+  const pictures = [...document.images].filter(image => image.complete && image.naturalWidth > 300).length;
+  const entries = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length;
+  const wide = document.documentElement.scrollWidth - innerWidth;
+  document.body.dataset.seen = JSON.stringify({pictures, entries, wide, title: document.title, width: innerWidth});
+});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [1100, 500], ids=["page", "phone"])  # headless windows are 500 wide at least
+def test_a_browser_shows_the_report(analysis: Analysis, width: int, tmp_path: Path) -> None:
+    """No errors, no request, all pictures, and nothing wider than the screen."""
+    page = (analysis.output / "report.html").read_text()
+    # the probe is a script, which the report's own policy would refuse
+    probed = page.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    (tmp_path / "probed.html").write_text(probed.replace("<head>", "<head>" + PROBE))
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    command = [BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    shown = subprocess.run(
+        [*command, (tmp_path / "probed.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=os.environ | {"HOME": str(tmp_path)},
+    ).stdout
+    match = re.search(r'data-seen="([^"]*)"', shown)
+    assert match
+    seen = json.loads(match.group(1).replace("&quot;", '"'))
+    assert seen["pictures"] == len(PICTURES)
+    assert seen["entries"] == 0
+    assert seen["wide"] <= 0
+    assert seen["width"] == width
+    assert seen["title"] == "How the neurons of llama-mini are distributed"
+
+
+def test_the_command_prints_tables(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prune_peak.analysis.can_draw", lambda: False)
+    arguments = ["analyze", "--model", LLAMA, "--text", str(text), "--samples", "2", "--sequence-length", "32", "-q"]
+    told = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "one")])
+    assert told.exit_code == 0, told.stderr
+    assert "peak_off_zero" in told.stdout
+    answer = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "two"), "--json"])
+    assert set(json.loads(answer.stdout)) == {"protocol", "distributions", "stability", "cross"}
+    assert not list((tmp_path / "two").glob("*.png"))
+    assert (tmp_path / "two" / "report.html").is_file()
+    assert "exists; pass --force" in CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "two")]).stderr
+
+
+@pytest.mark.parametrize("neuron", ["mlp", "mlp:0", "mlp:0:x", "mlp:3:0", "mlp:0:384", "mlp:0:-1", "heads:0:0"])
+def test_a_neuron_that_is_not_there_is_refused(neuron: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected KIND:BLOCK:NEURON, such as mlp:0:17, of blocks 0 to 2 with"):
+        analyze(LLAMA, tmp_path / "out", neurons=[neuron])
+
+
+def test_bad_input_is_refused(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two texts have the same name"):
+        analyze(LLAMA, tmp_path / "out", texts=[str(text), str(text)], samples=2, sequence_length=32)
+    with pytest.raises(UsageError, match="--samples 0"):
+        analyze(LLAMA, tmp_path / "out", samples=0)
+    with pytest.raises(PrunePeakError, match="is not a readable UTF-8 text"):
+        analyze(LLAMA, tmp_path / "out", texts=[str(tmp_path / "none.txt")])
+    assert not (tmp_path / "out").exists()
