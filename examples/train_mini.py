@@ -1,8 +1,9 @@
 """Make the small trained models beside this file again: `python examples/train_mini.py [NAME ...]`.
 
-The text is Python's language reference, which every Python carries (`pydoc_data.topics`), so nothing is fetched. Every
-model is seeded; the same versions on the same kind of machine give the same weights. A model takes a few minutes on two
-cores; the masked one, which learns from fewer tokens, twice as long.
+The text is Python's language reference, which every Python carries (`pydoc_data.topics`), and the images are the
+handwritten digits of scikit-learn (an extra: `pip install '.[examples]'`), so nothing is fetched. Every model is
+seeded; the same versions on the same kind of machine give the same weights. A model takes a few minutes on two cores;
+the masked one, which learns from fewer tokens, twice as long.
 """
 
 import argparse
@@ -25,6 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 HERE = Path(__file__).parent
@@ -33,6 +37,9 @@ MASKED = 0.3  # share of the tokens that a masked model is asked for; twice BERT
 WINDOW = 32  # tokens that mistral-mini attends to
 BATCH, STEPS, PEAK_RATE, WARM_UP = 24, 500, 3e-3, 50  # more steps learn the text by heart
 MASKED_STEPS, MASKED_RATE = 1000, 1e-3  # norms after the sums want a lower rate
+IMAGE, IMAGE_STEPS, IMAGE_BATCH, IMAGE_RATE = 8, 800, 64, 1e-3
+NOISE = 0.3  # that is added to training images, whose values span 2
+HELD_OUT_IMAGES, CALIBRATION_IMAGES = 5, 100  # every fifth image is for evaluation; of the others, 100 are written too
 PIECE, HELD_OUT = 1024, 10  # of the text, cut into pieces of so many tokens, every tenth is kept for the reported loss
 
 
@@ -111,6 +118,25 @@ def roberta_mini() -> PreTrainedModel:
             bos_token_id=0,
             pad_token_id=1,
             eos_token_id=2,
+        )
+    )
+
+
+def vit_mini() -> PreTrainedModel:
+    """GELU, learned positions, a class token; images of 8 x 8 pixels in 16 patches."""
+    labels = {number: str(number) for number in range(10)}
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=IMAGE,
+            patch_size=2,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            id2label=labels,
+            label2id={label: number for number, label in labels.items()},
         )
     )
 
@@ -196,15 +222,79 @@ def unigram_entropy(tokens: torch.Tensor) -> float:
     return float(-(shares * shares.log()).sum())
 
 
+def read_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Grey values, (images, 8, 8) uint8, and the digits, (images,)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return torch.tensor(digits.images * (255 / 16)).round().byte(), torch.tensor(digits.target)
+
+
+def write_digits(images: torch.Tensor, labels: torch.Tensor, held: torch.Tensor, folder: Path) -> None:
+    """The images that are held out as `held-out/<label>/<number>.png`, and some of the others to calibrate on."""
+    from PIL import Image
+
+    others = (~held).nonzero()[:, 0]
+    chosen = others[torch.randperm(len(others))[:CALIBRATION_IMAGES]].tolist()
+    paths = {number: folder / "calibration" / f"{number:04}.png" for number in chosen}
+    paths |= {
+        number: folder / "held-out" / str(labels[number].item()) / f"{number:04}.png"
+        for number in held.nonzero()[:, 0].tolist()
+    }
+    for number, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number].numpy()).save(path, optimize=True)
+
+
+def train_on_images(model: PreTrainedModel, pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> None:
+    """AdamW on random images with noise; the rate rises, then falls with a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=IMAGE_RATE, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    model.train()
+    for step in range(steps):
+        batch = torch.randint(len(pixels), (IMAGE_BATCH,))
+        noisy = pixels[batch] + NOISE * torch.randn(IMAGE_BATCH, 1, IMAGE, IMAGE)
+        loss = model(pixel_values=noisy, labels=labels[batch]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+def make_vit_mini(output: Path) -> None:
+    images, labels = read_digits()
+    held = torch.arange(len(images)) % HELD_OUT_IMAGES == 0
+    write_digits(images, labels, held, output / "digits")
+    model = vit_mini()
+    processor = ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    pixels = (images / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+    train_on_images(model, pixels[~held], labels[~held], IMAGE_STEPS)
+    with torch.inference_mode():
+        hits = model(pixel_values=pixels[held]).logits.argmax(-1) == labels[held]
+    print(f"vit-mini: {hits.float().mean():.1%} of {len(hits)} held-out images", flush=True)
+    model.save_pretrained(output / "vit-mini")
+    processor.save_pretrained(output / "vit-mini")
+
+
 def main() -> None:
+    names = [*MODELS, "vit-mini"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which models ({', '.join(MODELS)}); all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which models ({', '.join(names)}); all by default")
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write them into")
     parser.add_argument("--steps", type=int, help=f"training steps ({STEPS}; {MASKED_STEPS} of a masked model)")
     options = parser.parse_args()
     text = read_text()
-    for name in options.names or MODELS:
+    for name in options.names or names:
         torch.manual_seed(0)
+        if name == "vit-mini":
+            make_vit_mini(options.output)
+            continue
         model = MODELS[name]()
         masked = not model.can_generate()
         tokenizer = train_tokenizer(text, masked)

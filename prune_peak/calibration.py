@@ -17,7 +17,7 @@ from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError
 from .refit import Grams
 from .sites import Site
-from .source import IMAGES, Blueprint, Source
+from .source import IMAGES, Source
 from .stats import Stats
 from .texts import Windows
 
@@ -37,17 +37,6 @@ def into_batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> list[Batch]:
         return [{IMAGES: part} for part in windows.split(BATCH_IMAGES)]
     size = max(1, tokens // windows.shape[1])
     return [{"input_ids": part} for part in windows.split(size)]
-
-
-def random_windows(source: Blueprint, count: int, length: int) -> Tensor:
-    """Windows of random tokens, (count, length); or noise, (count, channels, height, width), where images are seen."""
-    generator = torch.Generator().manual_seed(0)
-    config = source.config
-    if not source.sees_images:
-        return torch.randint(config.vocab_size, (count, length), generator=generator)
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(count, config.num_channels, height, width, generator=generator)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 from yaml import YAMLError
 
-from .evaluation import PERPLEXITY
+from .evaluation import PERPLEXITY, Quality
 from .source import CARD, Source
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,8 @@ def _shares(recipe: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _name_calibration(recipe: Mapping[str, Any]) -> str:
     options = recipe["options"]
     text = "text that the model wrote itself" if options["calibration"] == "self" else options["calibration"]
+    if options["sequence_length"] is None:
+        return f"{options['samples']} images of {text}"
     return f"{options['samples']} windows of {options['sequence_length']} tokens of {text}"
 
 
@@ -183,11 +185,8 @@ def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _tell_protocol(quality: Mapping[str, Any]) -> str:
-    return (
-        f"{quality['metric'].capitalize()} on {quality['text']}: {quality['windows']} windows of {quality['length']} "
-        f"tokens that do not overlap, {quality['tokens']:,} predicted, {quality['dtype']}"
-        + ("; ± is the standard error over windows." if quality["standard_error"] else ".")
-    )
+    error = "; ± is the standard error over them." if quality["standard_error"] else "."
+    return f"{quality['metric'].capitalize()} on {quality['text']}: {Quality(**quality).protocol}{error}"
 
 
 def _loaders(folder: Path) -> list[tuple[str, str]]:

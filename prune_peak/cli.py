@@ -135,8 +135,8 @@ calibration_option = click.option(
     "--calibration",
     default="self",
     show_default=True,
-    metavar="self|FILE.txt|FILE.jsonl|DATASET",
-    help="Text to measure the neurons on; `self` lets the model write it.",
+    metavar="self|FILE.txt|FILE.jsonl|IMAGES|DATASET",
+    help="Text (or folder of images) to measure the neurons on; `self` lets the model write it.",
 )
 computing_options = all_options(
     click.option("--sequence-length", default=512, show_default=True, help="Tokens a window."),
@@ -149,7 +149,7 @@ computing_options = all_options(
 )
 calibration_options = all_options(
     calibration_option,
-    click.option("--samples", default=48, show_default=True, help="Windows of calibration."),
+    click.option("--samples", default=48, show_default=True, help="Windows (or images) of calibration."),
     computing_options,
 )
 
@@ -198,9 +198,9 @@ def main() -> None:
 @revision_option
 @click.option(
     "--evaluate",
-    metavar="FILE",
-    help="Text for the perplexity (masked LM: accuracy) before and after, its first 24 windows.  "
-    "[default: held-out calibration windows]",
+    metavar="FILE|FOLDER",
+    help="Text for the perplexity (masked LM: accuracy) before and after, its first 24 windows; or a folder of images, "
+    "FOLDER/<label>/<image>.  [default: held-out calibration windows; no images]",
 )
 @click.option("--push-to-hub", metavar="REPO_ID", help="Push the result to this repository, made if it is not there.")
 @click.option("--private", is_flag=True, help="Make that repository a private one.")
@@ -257,12 +257,14 @@ def calibrate(as_json: bool, quiet: bool, **options: Any) -> None:
     from .compression import save_statistics
 
     statistics = save_statistics(**options)
-    tokens = statistics.windows.calibration.numel()
-    answer = {"output": str(options["output"]), "sites": len(statistics.stats), "tokens": tokens}
+    windows = statistics.windows
+    images = windows.calibration.is_floating_point()
+    unit, amount = ("images", len(windows.calibration)) if images else ("tokens", windows.calibration.numel())
+    answer = {"output": str(options["output"]), "sites": len(statistics.stats), unit: amount}
     if as_json:
         click.echo(json.dumps(answer | {"options": dict(statistics.options)}, indent=2))
     else:
-        click.echo(f"{answer['sites']} sites measured on {tokens:,} tokens of {statistics.windows.source}.")
+        click.echo(f"{answer['sites']} sites measured on {amount:,} {unit} of {windows.source}.")
         click.echo(f"Written to {answer['output']}.")
 
 
@@ -350,7 +352,7 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
 @click.option("--seeds", default=3, show_default=True, help="Random choices of neurons; a ranked study has one.")
 @calibration_option
 @click.option("--text", metavar="FILE", help="Text to evaluate on.  [default: other windows of the calibration]")
-@click.option("--samples", default=8, show_default=True, help="Windows of calibration.")
+@click.option("--samples", default=8, show_default=True, help="Windows (or images) of calibration.")
 @click.option("--windows", type=int, help="Windows of evaluation, never the same.  [default: as many as --samples]")
 @computing_options
 @revision_option
@@ -472,10 +474,13 @@ def _print_compression(result: "Compression") -> None:
     first, second = result.quality_before, result.quality_after
     if first and second:
         rows.append((first.metric, *_quality_cells(first, second)))
+        if first.value == first.accuracy:
+            rows.append(
+                ("cross-entropy", f"{first.loss:.3f}", f"{second.loss:.3f}", f"{second.loss - first.loss:+.3f}")
+            )
     click.echo(_table(rows))
     if first:
-        protocol = f"{first.windows} windows of {first.length} tokens, {first.tokens:,} predicted, {first.dtype}"
-        click.echo(f"{first.metric.capitalize()} on {first.text}: {protocol}.")
+        click.echo(f"{first.metric.capitalize()} on {first.text}: {first.protocol}.")
     if len(result.fills) > 1:
         click.echo(
             "Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in sorted(result.fills.items())) + "."
@@ -488,9 +493,11 @@ def _print_compression(result: "Compression") -> None:
     if result.keep_shape:
         click.echo("Nothing is saved: what was cut is zero, and all shapes are the original's (--keep-shape).")
     click.echo(f"\nVerified. Written to {result.output}. Load it with:\n")
-    click.echo("  from transformers import AutoTokenizer, " + result.model_class)
+    reader = "AutoImageProcessor" if result.sees_images else "AutoTokenizer"
+    click.echo(f"  from transformers import {reader}, {result.model_class}")
     click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")
-    click.echo(f"  tokenizer = AutoTokenizer.from_pretrained({str(result.output)!r})")
+    name = "processor" if result.sees_images else "tokenizer"
+    click.echo(f"  {name} = {reader}.from_pretrained({str(result.output)!r})")
 
 
 def _quality_cells(before: "Quality", after: "Quality") -> tuple[str, str, str]:

@@ -19,9 +19,10 @@ from .budget import Budget
 from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
-from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, verify
+from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, set_image_exam, verify
 from .export import RECIPE_FILE, Export, Layout, lay_out
 from .hosts import Target, choose_target
+from .images import choose_images
 from .planning import Decision, choose, choose_split
 from .refit import ELIMINATION, Refit
 from .selection import AUTO, FILLS, RANDOM, SCORES
@@ -61,6 +62,7 @@ class Compression:
 
     output: Path
     model_class: str
+    sees_images: bool
     before: Size
     after: Size
     share: Mapping[str, float]  # of the neurons that were cut, by the kind of site
@@ -117,8 +119,9 @@ def compress(
         refit: let the kept columns and the bias take over, by least squares, what the cut neurons did.
         score: what ranks the neurons: elimination (needs the refit, and is its default), deviation (about the fill; the
             default without), activation-norm, variance, weight-norm or random.
-        calibration: a .txt or .jsonl file, a Hub data set, or "self" for text that the model writes itself.
-        samples, sequence_length: windows of calibration, and their tokens.
+        calibration: a .txt or .jsonl file, a folder of images, a Hub data set, or "self" for text that the model writes
+            itself.
+        samples, sequence_length: windows (or images) of calibration, and the tokens of a window.
         stats: a file that `calibrate` wrote, in place of a calibration.
         multiple_of: kept widths are a multiple of this (default 32; 8 for widths below 512).
         dtype: the type to compute in; the files keep the source's.
@@ -219,6 +222,7 @@ def compress(
     return Compression(
         output=folder,
         model_class=target.model_class.__name__,
+        sees_images=source.sees_images,
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
         share={site.kind: 1 - kept[site.kind] / site.neurons for site in found},
@@ -287,14 +291,17 @@ def measure(
     """Find the windows of a calibration, and be ready to measure on them."""
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
-    length = window_length(source, sequence_length)
-    if calibration == SELF:
+    length = None if source.sees_images else window_length(source, sequence_length)
+    if length is None:
+        windows = choose_images(calibration, source, samples, seed)
+    elif calibration == SELF:
         windows = own_windows(source, samples, length, seed)
     else:
         windows = choose_windows(calibration, source, samples, length, seed)
     found = len(windows.calibration)
     if found < samples:
-        log.warning("%s gives %d windows of %d tokens, not %d; used them all.", calibration, found, length, samples)
+        what = "images" if length is None else f"windows of {length} tokens"
+        log.warning("%s gives %d %s, not %d; used them all.", calibration, found, what, samples)
     options: dict[str, Any] = {
         "calibration": calibration if calibration == SELF else Path(calibration).name,
         "samples": found,
@@ -332,7 +339,9 @@ def _check_samples(samples: int) -> None:
 
 
 def _set_exam_on(text: str | Path, source: Source, sequence_length: int) -> Exam:
-    """The exam of an --evaluate text: its first windows."""
+    """The exam of an --evaluate text, on its first windows; or of a folder of labelled images."""
+    if source.sees_images:
+        return set_image_exam(source, str(text))
     if not has_exam(source):
         raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
     windows = read_windows(str(text), source, window_length(source, sequence_length))[:EVALUATED]

@@ -1,6 +1,6 @@
 """What a checkpoint is worth, and whether it is what it claims: exams, and `verify`.
 
-An exam is what a model is to predict: every next token (perplexity), or masked tokens (accuracy).
+An exam is what a model is to predict: every next token (perplexity), or masked tokens or images' labels (accuracy).
 
 `verify` is the law. The written folder must hold the very tensors that were written, load with the stock class with
 nothing missing, unexpected or mismatched, and compute what the original computes with the cut neurons held at their
@@ -25,16 +25,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from .ablation import ablated
 from .blocks import Batch, BlockStream
-from .calibration import into_batches, random_windows
+from .calibration import BATCH_IMAGES, into_batches
 from .checkpoint import Checkpoint, load_tensors, tensor_bytes
 from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, cut_site
+from .images import read_labelled
 from .selection import Choice
 from .sites import KINDS, UNITS, Site, find_sites
 from .source import IMAGES, Source, open_source
 from .texts import load_tokenizer
 
-PERPLEXITY, MASKED_ACCURACY = "perplexity", "masked-token accuracy"
+PERPLEXITY, MASKED_ACCURACY, IMAGE_ACCURACY = "perplexity", "masked-token accuracy", "image accuracy"
 MASKED = 0.15  # share of a window's ordinary tokens that a masked LM is asked for, BERT's own
 NOT_ASKED = -100  # the target that cross-entropy leaves out
 
@@ -80,6 +81,14 @@ class Quality:
     text: str
     dtype: str
 
+    @property
+    def protocol(self) -> str:
+        """How it was measured, in words."""
+        if self.metric == IMAGE_ACCURACY:
+            return f"{self.windows:,} images, {self.dtype}"
+        windows = f"{self.windows} windows of {self.length} tokens that do not overlap"
+        return f"{windows}, {self.tokens:,} predicted, {self.dtype}"
+
 
 def has_exam(source: Source) -> bool:
     """Whether a model predicts tokens: a causal or a masked language model."""
@@ -108,6 +117,18 @@ def set_exam(source: Source, windows: Tensor, text: str) -> Exam:
     inputs = windows.masked_fill(masked, tokenizer.mask_token_id)
     targets = windows.masked_fill(~masked, NOT_ASKED)
     return Exam(MASKED_ACCURACY, text, into_batches(inputs, tokens=1), targets.split(1))
+
+
+def set_image_exam(source: Source, folder: str) -> Exam:
+    """Name the label of every image of a folder, `folder/<label>/<image>`.
+
+    Raises:
+        PrunePeakError: the model is no image classifier, or the folder is not of that form.
+    """
+    if not source.sees_images or "ForImageClassification" not in source.model_class.__name__:
+        raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it names no images' labels.")
+    pixels, labels = read_labelled(folder, source)
+    return Exam(IMAGE_ACCURACY, Path(folder).name, into_batches(pixels), labels[:, None].split(BATCH_IMAGES))
 
 
 def _is_masked(source: Source) -> bool:
@@ -347,12 +368,15 @@ class Outputs:
 
 def probe_batches(source: Source, probes: int) -> list[Batch]:
     """What to compare outputs on: noise for images; or random tokens, in full windows and left-padded ones."""
+    generator, config = torch.Generator().manual_seed(0), source.config
+    if source.sees_images:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return [{IMAGES: torch.randn(probes, config.num_channels, height, width, generator=generator)}]
     longest = source.positions or 128
     length = max(2, min(96, longest - DECODED))
-    full = random_windows(source, probes, length)
-    if source.sees_images:
-        return [{IMAGES: full}]
-    padded = random_windows(source, probes, length // 2)
+    full = torch.randint(config.vocab_size, (probes, length), generator=generator)
+    padded = torch.randint(config.vocab_size, (probes, length // 2), generator=generator)
     mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
     return [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
 

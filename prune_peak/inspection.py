@@ -3,18 +3,21 @@
 `inspect` reads the config alone. `estimate` also opens the weights and times one block.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .blocks import BlockStream
 from .budget import Budget, Ratio, count_parameters
-from .calibration import BATCH_TOKENS, calibrate, default_dtype, into_batches
+from .calibration import BATCH_IMAGES, BATCH_TOKENS, calibrate, default_dtype, into_batches
 from .evaluation import DECODED, PROBES, WHOLE_SIZE
 from .hosts import ENGINES, choose_target
+from .images import choose_images
 from .selection import width_step
 from .sites import HEAD, Site, cuttable_kinds, find_blocks, find_sites
 from .source import Source, build_blank, open_blueprint, open_source
@@ -198,14 +201,22 @@ def estimate(
     )
     source = open_source(model, revision)
     compute = getattr(torch, dtype or default_dtype(source))
-    length = window_length(source, sequence_length)
-    held = held_out_count(samples)
+    if source.sees_images:
+        held, vocabulary, embedding = 0, 0, 0
+        windows = choose_images(calibration, source, BATCH_IMAGES, seed).calibration
+        patch = source.config.patch_size
+        patch_area = patch**2 if isinstance(patch, int) else math.prod(patch)
+        length = windows[0, 0].numel() // patch_area  # but for a token or two
+    else:
+        length = window_length(source, sequence_length)
+        held, vocabulary = held_out_count(samples), source.config.vocab_size
+        embedding = source.blank.get_input_embeddings().weight.numel()
+        windows = torch.randint(vocabulary, (2 * max(1, BATCH_TOKENS // length), length))
     block = find_blocks(source.blank, source.family)[0]
-    embedding = source.blank.get_input_embeddings().weight.numel()
     # Seconds that a token takes in a block, with and without statistics, and in the head
     kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
     neurons = max(site.neurons for site in inspection.sites)
-    observed, bare = _time_block(source, kinds, keep_shape, length, compute, refit)
+    observed, bare = _time_block(source, kinds, keep_shape, windows, length, compute, refit)
     head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
     forward = bare * inspection.blocks + head
     seconds = START_SECONDS + observed * inspection.blocks * samples * length
@@ -214,9 +225,9 @@ def estimate(
     weights = sum(parameter.numel() for parameter in block.parameters()) + 2 * embedding
     states = samples * length * source.config.hidden_size
     activations = BATCH_TOKENS * (4 * neurons + 8 * source.config.hidden_size)
-    memory = (weights + states + activations) * compute.itemsize + 12 * length * source.config.vocab_size
+    memory = (weights + states + activations) * compute.itemsize + 12 * length * vocabulary
     if source.size <= WHOLE_SIZE:  # one model whole in float32, and the logits of three
-        memory = max(memory, 4 * source.parameters + 12 * PROBED_TOKENS * source.config.vocab_size)
+        memory = max(memory, 4 * source.parameters + 12 * PROBED_TOKENS * vocabulary)
     if refit:  # two sums of products in float32, and some copies of them in float64
         memory = max(memory, weights * compute.itemsize + 40 * neurons**2)
     if calibration == SELF and not own_text_cache(source, samples + held, length, seed).is_file():
@@ -226,10 +237,15 @@ def estimate(
 
 
 def _time_block(
-    source: Source, kinds: Sequence[str], keep_shape: bool, length: int, dtype: torch.dtype, refit: bool
+    source: Source,
+    kinds: Sequence[str],
+    keep_shape: bool,
+    windows: Tensor,
+    length: int,
+    dtype: torch.dtype,
+    refit: bool,
 ) -> tuple[float, float]:
     """Seconds a token takes in the first block: with its statistics taken, and without."""
-    windows = torch.randint(source.config.vocab_size, (2 * max(1, BATCH_TOKENS // length), length))
     batches = into_batches(windows)
     sites = [site for site in find_sites(source.blank, source.family, kinds, HEAD, keep_shape) if site.block == 0]
     began = time.perf_counter()
@@ -242,7 +258,8 @@ def _time_block(
     for _ in step.run():
         pass
     bare = time.perf_counter() - began
-    return max(observed, bare) / windows.numel(), bare / windows.numel()
+    tokens = len(windows) * length
+    return max(observed, bare) / tokens, bare / tokens
 
 
 def _time_sampling(source: Source, seed: int) -> float:

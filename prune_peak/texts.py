@@ -26,11 +26,11 @@ LONGEST_DATA_SET = 4 * 2**20  # characters read of a data set, from its start
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows to calibrate on, and others of the same text that are kept apart to evaluate on."""
+    """Token windows to calibrate on, and others of the same text that are kept apart to evaluate on; or images."""
 
-    source: str  # the name of the text
-    calibration: Tensor  # (windows, length) int64
-    held_out: Tensor  # (windows, length)
+    source: str  # the name of the text, folder or data set
+    calibration: Tensor  # (windows, length) int64; or (images, channels, height, width) float32
+    held_out: Tensor  # (windows, length); no image
 
     @property
     def digest(self) -> str:
