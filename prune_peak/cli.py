@@ -20,10 +20,13 @@ from .errors import PrunePeakError, UsageError
 
 if TYPE_CHECKING:
     from .analysis import Analysis
+    from .comparison import Comparison, Difference
     from .compression import Compression
     from .evaluation import Quality
     from .inspection import Inspection
+    from .latency import Latency
     from .study import Study
+    from .tasks import Scores
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -380,6 +383,68 @@ def ablate(as_json: bool, quiet: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--text", metavar="FILE", help="Text to measure perplexity on (masked LM: accuracy at masked tokens).")
+@click.option("--images", metavar="FOLDER", help="Images to measure accuracy on, by label: FOLDER/LABEL/IMAGE.")
+@click.option("--windows", default=24, show_default=True, help="At most so many windows, from the start of the text.")
+@click.option("--sequence-length", default=512, show_default=True, help="Tokens a window.")
+@click.option("--latency", is_flag=True, help="Time prefill and cached decoding, the models in turns.")
+@click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness, or YAML files that define some.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type to compute in.  [default: that of each model's files; float32 for float16]",
+)
+@revision_option
+@talk_options
+def evaluate(
+    models: tuple[str, ...],
+    text: str | None,
+    images: str | None,
+    windows: int,
+    sequence_length: int,
+    latency: bool,
+    tasks: str | None,
+    as_json: bool,
+    quiet: bool,
+    **common: Any,
+) -> None:
+    """Measure models side by side: the first is what the others are compared with.
+
+    \b
+    Examples:
+      prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.3 --text test.txt
+      prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.5 --latency
+      prune-peak evaluate SmolLM2-135M-peak-0.3 --tasks arc_easy,hellaswag
+    """
+    _settle(quiet)
+    exam = {"text": text, "images": images}
+    if not any(exam.values()) and not latency and tasks is None:
+        raise UsageError("nothing to measure; pass --text FILE, --images FOLDER, --latency or --tasks NAME,....")
+    from .comparison import evaluate as run
+    from .latency import measure_latency
+    from .tasks import run_tasks
+
+    comparison = None
+    if any(exam.values()):
+        comparison = run(models, **exam, windows=windows, sequence_length=sequence_length, **common)
+    speeds = measure_latency(models, **common) if latency else []
+    scores = run_tasks(models, tasks.split(","), **common) if tasks is not None else []
+    if as_json:
+        answer: dict[str, Any] = {} if comparison is None else {"comparison": comparison.to_json()}
+        answer |= {"latency": [speed.to_json() for speed in speeds]} if speeds else {}
+        answer |= {"tasks": [score.to_json() for score in scores]} if scores else {}
+        click.echo(json.dumps(answer, indent=2))
+        return
+    if comparison is not None:
+        _print_comparison(comparison)
+    if speeds:
+        _print_latency(speeds)
+    if scores:
+        _print_scores(scores)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make the repository a private one.")
@@ -507,6 +572,70 @@ def _quality_cells(before: "Quality", after: "Quality") -> tuple[str, str, str]:
     if before.metric == PERPLEXITY:
         return f"{before.value:.2f}", f"{after.value:.2f}", f"x{after.value / before.value:.3f}"
     return f"{before.value:.1%}", f"{after.value:.1%}", f"{100 * (after.value - before.value):+.1f} points"
+
+
+def _print_comparison(comparison: "Comparison") -> None:
+    from .comparison import describe
+    from .evaluation import PERPLEXITY
+
+    entries = comparison.entries
+    metric, first = entries[0].quality.metric, entries[0].quality
+    rows = [
+        ("", *(entry.model for entry in entries)),
+        ("parameters", *(f"{entry.parameters:,}" for entry in entries)),
+        ("bytes", *(f"{entry.bytes:,}" for entry in entries)),
+    ]
+    if metric == PERPLEXITY:
+        rows.append((metric, *(_give(e.quality.value, e.quality.standard_error, ".2f") for e in entries)))
+        rows.append(("  times the first's", *(f"{e.quality.value / first.value:.3f}" for e in entries)))
+    rows.append(("cross-entropy, nats", *(_give(e.quality.loss, e.quality.loss_error, ".4f") for e in entries)))
+    rows.append(("  more than the first", *(_give_difference(e.loss, 1, ".4f") for e in entries)))
+    name = "top-1 accuracy, %" if metric == PERPLEXITY else f"{metric}, %"
+    accuracies = [(100 * e.quality.accuracy, e.quality.accuracy_error) for e in entries]
+    rows.append((name, *(_give(value, error and 100 * error, ".2f") for value, error in accuracies)))
+    rows.append(("  more than the first", *(_give_difference(e.accuracy, 100, ".2f") for e in entries)))
+    click.echo(_table(rows))
+    click.echo(describe(comparison))
+    if len(entries) > 1:
+        click.echo("p: paired sign-flip test over the same; how often chance alone would give as much.")
+
+
+def _give(value: float, error: float | None, pattern: str) -> str:
+    return f"{value:{pattern}}" + ("" if error is None else f" ± {error:{pattern}}")
+
+
+def _give_difference(difference: "Difference | None", scale: float, pattern: str) -> str:
+    if difference is None:
+        return "-"
+    error = difference.standard_error
+    given = _give(scale * difference.mean, error and scale * error, pattern)
+    return given + ("" if difference.p is None else f", p = {difference.p:.4f}")
+
+
+def _print_latency(speeds: Sequence["Latency"]) -> None:
+    first = speeds[0]
+    rows = [
+        ("", *(speed.model for speed in speeds)),
+        ("prefill, tokens a second", *(f"{speed.prefill:.1f}" for speed in speeds)),
+        ("  times the first's", *(f"{speed.prefill / first.prefill:.3f}" for speed in speeds)),
+        ("decoding, tokens a second", *(f"{speed.decode:.1f}" for speed in speeds)),
+        ("  times the first's", *(f"{speed.decode / first.decode:.3f}" for speed in speeds)),
+        ("as the parameters foretell", *(f"{first.parameters / speed.parameters:.3f}" for speed in speeds)),
+        ("peak memory, MB", *("-" if speed.memory is None else f"{speed.memory / 1e6:.0f}" for speed in speeds)),
+    ]
+    click.echo(_table(rows))
+    click.echo(
+        f"Medians of {first.rounds} rounds, the models in turns: {first.prompt} tokens read at once, then "
+        f"{first.decoded} decoded with the cache; a batch of one, {first.threads} threads, {first.dtype}."
+    )
+
+
+def _print_scores(scores: Sequence["Scores"]) -> None:
+    rows = [("", *(score.model for score in scores))]
+    for task, metrics in scores[0].tasks.items():
+        for metric in metrics:
+            rows.append((f"{task}, {metric}", *(f"{score.tasks[task][metric]:.4f}" for score in scores)))
+    click.echo(_table(rows))
 
 
 def _change(before: int, after: int) -> str:

@@ -1,0 +1,140 @@
+"""How fast causal language models are here, and what memory they take: prefill and cached decoding, in turns.
+
+Every model lives in a process of its own, so that its peak memory is its own; they are timed one after the other, round
+by round, so that whatever else the machine does meets all of them.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from .calibration import default_dtype
+from .compression import DTYPES
+from .errors import PrunePeakError
+from .source import Source, open_source
+
+PROMPT, DECODED, ROUNDS = 512, 32, 5  # tokens read at once, tokens written one by one, and how often
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The speed of one model, as medians over rounds, and its memory."""
+
+    model: str
+    parameters: int
+    prefill: float  # tokens a second
+    decode: float  # tokens a second
+    memory: int | None  # bytes that its process had resident at most, loading included; None on Windows
+    prompt: int  # tokens
+    decoded: int  # tokens
+    rounds: int
+    threads: int
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_latency(models: Sequence[str], dtype: str | None = None, revision: str | None = None) -> list[Latency]:
+    """Time models in turns: a prompt of 512 tokens read at once, then 32 tokens decoded with its cache; batch of one.
+
+    Raises:
+        PrunePeakError: a model that generates nothing.
+
+    Example:
+        >>> dense, small = measure_latency(["SmolLM2-135M", "SmolLM2-135M-peak-0.5"])    # doctest: +SKIP
+        >>> small.decode / dense.decode                                                  # doctest: +SKIP
+    """
+    sources = [open_source(model, revision) for model in models]
+    for source in sources:
+        if not source.blank.can_generate():
+            raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}, which generates no text to time.")
+    types = [dtype or default_dtype(source) for source in sources]
+    prompt = min([PROMPT, *(source.positions - DECODED for source in sources if source.positions)])
+    processes = [Process(source, kind, prompt) for source, kind in zip(sources, types, strict=True)]
+    try:
+        turns = [[process.turn() for process in processes] for _ in tqdm(range(1 + ROUNDS), desc="latency")][1:]
+        memory = [process.finish() for process in processes]
+    finally:
+        for process in processes:
+            process.stop()
+    return [
+        Latency(
+            model=source.label,
+            parameters=source.parameters,
+            prefill=prompt / statistics.median(turn[number][0] for turn in turns),
+            decode=DECODED / statistics.median(turn[number][1] for turn in turns),
+            memory=memory[number],
+            prompt=prompt,
+            decoded=DECODED,
+            rounds=ROUNDS,
+            threads=torch.get_num_threads(),
+            dtype=types[number],
+        )
+        for number, source in enumerate(sources)
+    ]
+
+
+class Process:
+    """A model in a process of its own, which runs a turn whenever it is told to."""
+
+    def __init__(self, source: Source, dtype: str, prompt: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        words = (theirs, str(source.folder), source.model_class.__name__, dtype, prompt, torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=words, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def turn(self) -> tuple[float, float]:
+        """Seconds of the prefill, and of the decoding after it."""
+        self._pipe.send("turn")
+        prefill, decode = self._pipe.recv()
+        return prefill, decode
+
+    def finish(self) -> int | None:
+        """The peak of resident memory, in bytes."""
+        self._pipe.send("finish")
+        memory: int | None = self._pipe.recv()
+        return memory
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, folder: str, model_class: str, dtype: str, prompt: int, threads: int) -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model = getattr(transformers, model_class).from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    tokens = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        while pipe.recv() == "turn":
+            cache = DynamicCache(config=model.config)
+            began = time.perf_counter()
+            logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            read = time.perf_counter()
+            for _ in range(DECODED):
+                logits = model(logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True).logits
+            pipe.send((read - began, time.perf_counter() - read))
+    pipe.send(_peak_memory())
+
+
+def _peak_memory() -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux
