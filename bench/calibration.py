@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from prune_peak.budget import Budget
 from prune_peak.calibration import calibrate, into_batches
-from prune_peak.export import Export, lay_out
-from prune_peak.hosts import choose_target
+from prune_peak.export import Export
+from prune_peak.hosts import choose_target, lay_out
 from prune_peak.planning import choose
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
@@ -67,7 +67,7 @@ def main() -> None:
         target = choose_target(source, sites, kept, source.dtype)
         with (
             tempfile.TemporaryDirectory() as folder,
-            Export(source, target, lay_out(source, sites, target), Path(folder)) as export,
+            Export(target, lay_out(target), Path(folder)) as export,
         ):
             for seen in observed:
                 export.write_site(seen.site, choose(source, seen, kept["mlp"], "peak", options.score).choice)

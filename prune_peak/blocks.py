@@ -8,7 +8,7 @@ its memory back. The numbers are those of the whole forward, bit for bit.
 import ctypes
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,18 +31,26 @@ class Call:
     kwargs: dict[str, Any]
 
 
+class Seen(Exception):  # noqa: N818 - it tells no mistake
+    """A recorder that was to stop has been called."""
+
+
 class Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with and answers with the hidden states it got, or was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_tuple: bool | None) -> None:
         super().__init__()
+        self.in_tuple = in_tuple  # whether the block answers with a tuple, hidden states first; None to stop instead
         self.hidden: Tensor | None = None
         self.call: Call | None = None
         self.answer: Tensor | None = None
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden, self.call = hidden, Call(args, kwargs)
-        return hidden if self.answer is None else self.answer
+        if self.in_tuple is None:
+            raise Seen
+        answer = hidden if self.answer is None else self.answer
+        return (answer, None) if self.in_tuple else answer
 
 
 class Step:
@@ -67,7 +75,8 @@ class Step:
         self.ran = True
         for number, call in enumerate(self._calls):
             yield number
-            self._hidden[number] = self.block(self._hidden[number], *call.args, **call.kwargs)
+            answer = self.block(self._hidden[number], *call.args, **call.kwargs)
+            self._hidden[number] = answer[0] if isinstance(answer, tuple) else answer
 
     @torch.inference_mode()
     def power(self) -> float:
@@ -93,6 +102,7 @@ class BlockStream:
         self._blocks = list(find_blocks(self.model, source.family))
         self._path = blocks_path(self.model, source.family)
         self._hidden: list[Tensor] = []
+        self._in_tuple: bool | None = None  # not known yet
 
     @property
     def blocks(self) -> int:
@@ -104,6 +114,7 @@ class BlockStream:
         """Every block in order; what the caller does not run of it is run when the next one is asked for."""
         body = self.model.base_model
         calls: list[list[Call]] = [[] for _ in self._blocks]
+        self._in_tuple = self._ask_for_tuple()
         with self._recording() as recorders, self._outer_weights(body):
             for batch in self._batches:
                 body(**batch)
@@ -120,6 +131,17 @@ class BlockStream:
                     for _ in step.run():
                         pass
 
+    def _ask_for_tuple(self) -> bool:
+        """Whether blocks answer with a tuple, as the first one does when it runs on one sequence."""
+        body = self.model.base_model
+        with self._recording() as recorders, self._outer_weights(body), suppress(Seen):
+            body(**{name: values[:1] for name, values in self._batches[0].items()})
+        hidden, call = recorders[0].hidden, recorders[0].call
+        assert hidden is not None
+        assert call is not None
+        with self._weights(f"{self._path}.0", self._blocks[0]):
+            return isinstance(self._blocks[0](hidden, *call.args, **call.kwargs), tuple)
+
     @torch.inference_mode()
     def outputs(self) -> Iterator[Any]:
         """The model's own output for each batch, once all steps are done: the hidden states through the head."""
@@ -130,7 +152,7 @@ class BlockStream:
 
     @contextmanager
     def _recording(self) -> Iterator[list[Recorder]]:
-        recorders = [Recorder() for _ in self._blocks]
+        recorders = [Recorder(self._in_tuple) for _ in self._blocks]
         modules = find_blocks(self.model, self.source.family)
         for index, recorder in enumerate(recorders):
             modules[index] = recorder

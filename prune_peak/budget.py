@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import PrunePeakError, UsageError
-from .hosts import choose_target
+from .hosts import AUTO, choose_target
 from .selection import kept_width, width_step
 from .sites import Site
-from .source import Blueprint, build_blank
+from .source import Blueprint
 
 Ratio = float | Mapping[str, float]
 Widths = dict[str, int]  # kind of site: neurons kept
@@ -59,7 +59,9 @@ class Budget:
             raise UsageError(f"--ratio names {', '.join(named)}, but --sites {', '.join(sites)}.")
         return tuple(sites or named or ("mlp",))
 
-    def splits(self, source: Blueprint, sites: Sequence[Site], multiple_of: int | None = None) -> list[Widths]:
+    def splits(
+        self, source: Blueprint, sites: Sequence[Site], multiple_of: int | None = None, host: str = AUTO
+    ) -> list[Widths]:
         """The ways to keep to the budget: neurons kept at every site, by the site's kind.
 
         One way for a ratio, or where one kind of site is cut. A target over two kinds has several: for every number
@@ -83,7 +85,7 @@ class Budget:
         widths = range(steps[last], first[last].neurons + 1, steps[last])
         splits = []
         for chosen in choices:
-            sizes = _Sizes(source, first, chosen, last, widths)
+            sizes = _Sizes(source, sites, host, chosen, last, widths)
             fitting = bisect_right(sizes, self._most_parameters(source))
             whole = {kind: width for kind, width in chosen.items() if width < first[kind].neurons}
             if fitting:
@@ -92,7 +94,7 @@ class Budget:
         if {} in splits:
             raise PrunePeakError(f"{source.name} is within the target already: nothing would be cut.")
         if not splits:
-            least = _Sizes(source, first, choices[0], last, widths)[0]
+            least = _Sizes(source, sites, host, choices[0], last, widths)[0]
             raise PrunePeakError(
                 f"the target cannot be reached: with one unit left at every site, {least:,} parameters remain. "
                 "Choose a larger target, or cut both kinds (--sites mlp,attention)."
@@ -111,7 +113,8 @@ class _Sizes(Sequence[int]):
     """Parameters left, by the number of a width of the last kind: built as they are asked for, to bisect."""
 
     source: Blueprint
-    first: Mapping[str, Site]
+    sites: Sequence[Site]
+    host: str
     chosen: Widths
     last: str
     widths: range
@@ -121,8 +124,8 @@ class _Sizes(Sequence[int]):
 
     def __getitem__(self, number: int) -> int:  # type: ignore[override]
         kept = self.chosen | {self.last: self.widths[number]}
-        target = choose_target(self.source, list(self.first.values()), kept, self.source.config.dtype or torch.float32)
-        return count_parameters(build_blank(target.model_class, target.config))
+        dtype = self.source.config.dtype or torch.float32
+        return count_parameters(choose_target(self.source, self.sites, kept, dtype, self.host).blank)
 
 
 def count_parameters(blank: PreTrainedModel) -> int:

@@ -134,6 +134,14 @@ budget_options = all_options(
         "--multiple-of", type=int, help="Kept MLP widths are a multiple of this.  [default: 32; 8 below width 512]"
     ),
 )
+host_option = click.option(
+    "--host",
+    default="auto",
+    show_default=True,
+    metavar="auto|own|NAME",
+    help="Class to write: the best that holds shapes and constants; the model's own (constants that it cannot hold "
+    "are zero); or granite, llama, phi, smollm3, hy_v3.",
+)
 calibration_option = click.option(
     "--calibration",
     default="self",
@@ -198,6 +206,7 @@ def main() -> None:
     metavar="FILE",
     help="What `calibrate` wrote, in place of a calibration.",
 )
+@host_option
 @revision_option
 @click.option(
     "--evaluate",
@@ -274,6 +283,7 @@ def calibrate(as_json: bool, quiet: bool, **options: Any) -> None:
 @main.command()
 @click.argument("model")
 @budget_options
+@host_option
 @revision_option
 @talk_options
 def inspect(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -546,6 +556,9 @@ def _print_compression(result: "Compression") -> None:
     click.echo(_table(rows))
     if first:
         click.echo(f"{first.metric.capitalize()} on {first.text}: {first.protocol}.")
+    if result.zero_filled:
+        kinds = " and ".join(result.zero_filled)
+        click.echo(f"Held at zero: the {kinds} neurons that were cut, for {result.model_class} has no bias there.")
     if len(result.fills) > 1:
         click.echo(
             "Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in sorted(result.fills.items())) + "."
@@ -719,11 +732,12 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
             (
                 site.kind,
                 f"{site.neurons} neurons in each of {i.blocks} blocks, in steps of {site.step}; "
-                f"constants go to the {site.constants}"
+                f"constants go {site.constants}"
                 + ("; in place only (--keep-shape), which saves nothing" if site.in_place else ""),
             )
             for site in i.sites
         ),
+        *((kind, reason) for kind, reason in i.whole.items() if all(site.kind != kind for site in i.sites)),
         ("written as", i.written_as + (f" ({i.why})" if i.why else "")),
         ("read by", ", ".join(("transformers", *i.engines)) + " (engines: from their sources, not run)"),
         (f"at {i.asked}", ", ".join(f"{site.kept} of {site.neurons} {site.kind} neurons kept" for site in i.sites)),

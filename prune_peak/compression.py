@@ -20,8 +20,9 @@ from .calibration import Observed, Statistics, calibrate, default_dtype, into_ba
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, set_image_exam, verify
-from .export import RECIPE_FILE, Export, Layout, lay_out
-from .hosts import Target, choose_target
+from .export import RECIPE_FILE, Export
+from .hosts import AUTO as AUTO_HOST
+from .hosts import Layout, Target, choose_target, lay_out
 from .images import choose_images
 from .planning import Decision, choose, choose_split
 from .refit import ELIMINATION, Refit
@@ -70,6 +71,7 @@ class Compression:
     quality_before: Quality | None  # None where the model predicts no tokens
     quality_after: Quality | None
     fills: Mapping[str, int]  # how many sites took which fill
+    zero_filled: Sequence[str]  # kinds of site whose constants had no place, and so are zero
     refits: Mapping[str, Refit]  # by the site's name; empty without the refit
     verification: Verification
 
@@ -99,6 +101,7 @@ def compress(
     seed: int = 0,
     revision: str | None = None,
     evaluate: str | Path | None = None,
+    host: str = AUTO_HOST,
     force: bool = False,
 ) -> Compression:
     """Cut a share of a model's neurons and write a smaller checkpoint that stock transformers loads.
@@ -127,6 +130,8 @@ def compress(
         dtype: the type to compute in; the files keep the source's.
         evaluate: a text to measure the quality on, before and after (perplexity, or a masked LM's accuracy at masked
             tokens); held-out windows of the calibration otherwise.
+        host: the class to write: "auto", the best that holds shapes and constants; "own", the model's, where constants
+            that it has no bias for are zero; or a name such as "granite".
         force: replace an existing output.
 
     Raises:
@@ -142,29 +147,34 @@ def compress(
     budget = Budget(ratio, target_params, target_bytes, keep_shape)
     source = open_source(model, revision)
     found = find_sites(source.blank, source.family, budget.kinds(sites), unit, keep_shape)
-    measured = None if stats is None else _measured_before(Path(stats), source, found)
+    statistics = None if stats is None else load_statistics(Path(stats), source, found)
     exam = None if evaluate is None else _set_exam_on(evaluate, source, sequence_length)
-    splits = budget.splits(source, found, multiple_of)
+    splits = budget.splits(source, found, multiple_of, host)
     kept = splits[0]
     if len(splits) > 1:
         if stats is not None:
             raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
+        widest = {site.kind: kept.get(site.kind, site.neurons) for site in found}
+        found = list(choose_target(source, found, widest, source.dtype, host).sites)
         measured = measure(source, found, calibration, samples, sequence_length, dtype, seed, with_grams=True)
         kept = choose_split(source, measured.sites, splits, fill, score, refit)
-        measured = None
-    found = [site for site in found if site.kind in kept]
-    target = choose_target(source, found, kept, source.dtype)
-    layout = lay_out(source, found, target)
+    cut = [site for site in found if site.kind in kept]
+    target = choose_target(source, cut, kept, source.dtype, host)
+    layout = lay_out(target)
+    if target.zero_filled:
+        _say_zero(target, refit)
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{budget.label}")
     partial = _prepare_output(folder, force, layout)
     try:
         fills: dict[str, str] = {}
         refits: dict[str, Refit] = {}
         outcomes: dict[str, dict[str, Any]] = {}
-        if measured is None:
+        if statistics is None:
             with_grams = refit or fill == AUTO
-            measured = measure(source, found, calibration, samples, sequence_length, dtype, seed, with_grams)
-        with Export(source, target, layout, partial) as export:
+            measured = measure(source, target.sites, calibration, samples, sequence_length, dtype, seed, with_grams)
+        else:
+            measured = _measured_before(statistics, target.sites)
+        with Export(target, layout, partial) as export:
             for observed in measured.sites:
                 decision = choose(source, observed, kept[observed.site.kind], fill, score, refit, seed)
                 export.write_site(observed.site, decision.choice)
@@ -189,6 +199,7 @@ def compress(
             "multiple_of": multiple_of,
             "refit": refit,
             "evaluate": None if evaluate is None else Path(evaluate).name,
+            "host": host,
         }
         recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
             "before": asdict(_measure_size(source, {})),
@@ -225,11 +236,12 @@ def compress(
         sees_images=source.sees_images,
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
-        share={site.kind: 1 - kept[site.kind] / site.neurons for site in found},
+        share={site.kind: 1 - kept[site.kind] / site.neurons for site in target.sites},
         keep_shape=keep_shape,
         quality_before=before,
         quality_after=after,
         fills=dict(Counter(fills.values())),
+        zero_filled=target.zero_filled,
         refits=refits,
         verification=verification,
     )
@@ -313,10 +325,18 @@ def measure(
     return Measured(windows, options, calibrate(source, sites, batches, DTYPES[options["dtype"]], with_grams))
 
 
-def _measured_before(path: Path, source: Source, sites: Sequence[Site]) -> Measured:
-    statistics = load_statistics(path, source, sites)
+def _measured_before(statistics: Statistics, sites: Sequence[Site]) -> Measured:
     observed = [Observed(site, statistics.stats[site.name]) for site in sites]
     return Measured(statistics.windows, statistics.options, observed)
+
+
+def _say_zero(target: Target, refit: bool) -> None:
+    log.warning(
+        "%s: cut neurons are held at zero, for no stock class has a place for other constants here (%s)%s.",
+        " and ".join(target.zero_filled),
+        target.why,
+        "; the refit changes the kept weights alone" if refit else "",
+    )
 
 
 def _check_options(fill: str, score: str, refit: bool, stats: str | Path | None, samples: int) -> None:

@@ -28,10 +28,11 @@ from .blocks import Batch, BlockStream
 from .calibration import BATCH_IMAGES, into_batches
 from .checkpoint import Checkpoint, load_tensors, tensor_bytes
 from .errors import PrunePeakError
-from .export import PLAN_FILE, RECIPE_FILE, cut_site
+from .export import PLAN_FILE, RECIPE_FILE, tell_block
+from .hosts import Target, choose_target
 from .images import read_labelled
 from .selection import Choice
-from .sites import KINDS, UNITS, Site, find_sites
+from .sites import KINDS, UNITS, Site, find_sites, tensors_by_block
 from .source import IMAGES, Source, open_source
 from .texts import load_tokenizer
 
@@ -219,9 +220,11 @@ def verify(folder: Path, original: Source | None = None) -> Verification:
         options = recipe["options"]
         sites = find_sites(original.blank, original.family, options["sites"], options["unit"], options["keep_shape"])
         _check_plan(sites, plan, original)
+        written = open_source(str(folder))
+        target = choose_target(original, sites, recipe["kept"], original.dtype, written.config.model_type)
         if options["refit"]:
-            plan = _with_refits(plan, sites, open_source(str(folder)))
-        _check_tensors(result, folder, original, sites, plan)
+            plan = _with_refits(plan, target, written, options)
+        _check_tensors(result, folder, target, plan)
         _check_outputs(result, folder, original, sites, plan)
     return result
 
@@ -235,6 +238,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         well_formed = isinstance(recipe["tensors"], dict) and all(isinstance(flag, bool) for flag in flags)
         if not well_formed or not set(options["sites"]) <= set(KINDS) or options["unit"] not in UNITS:
             raise TypeError("tensors, options.refit, options.keep_shape, options.sites, options.unit")
+        if set(recipe["kept"]) != set(options["sites"]):
+            raise TypeError("kept")
     except (OSError, ValueError, KeyError, TypeError):
         raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
     return dict(recipe)
@@ -251,14 +256,29 @@ def read_plan(folder: Path) -> dict[str, Choice]:
     return {name: Choice(tensors[f"{name}.keep"], tensors[f"{name}.fill"]) for name in names}
 
 
-def _with_refits(plan: Mapping[str, Choice], sites: Sequence[Site], written: Source) -> dict[str, Choice]:
-    """The plan with the refitted readers, which only the written folder knows."""
+def _with_refits(
+    plan: Mapping[str, Choice], target: Target, written: Source, options: Mapping[str, Any]
+) -> dict[str, Choice]:
+    """The plan with the refitted readers, which only the written folder knows.
+
+    A bias that takes the constants of two sites counts whole for the site that it belongs to.
+    """
+    original = target.source
+    assert isinstance(original, Source)
+    own = {site.bias for site in target.sites}
+    theirs = find_sites(written.blank, written.family, options["sites"], options["unit"], options["keep_shape"])
     refitted = {}
-    for site in sites:
-        choice, weight = plan[site.name], site.as_matrix(written.read(site.weight)).float()
+    for site, read in zip(target.sites, theirs, strict=True):
+        choice, weight = plan[site.name], read.as_matrix(written.read(read.weight)).float()
         if site.in_place:
             weight = weight[:, choice.keep]
-        refitted[site.name] = replace(choice, weight=weight, bias=written.read(site.bias).float())
+        bias = torch.zeros(site.hidden)
+        if site.constants == site.bias or (site.constants is not None and site.constants not in own):
+            assert read.constants is not None
+            bias = written.read(read.constants).float()
+            if site.constants != site.bias and site.constants in original.names:
+                bias = bias - original.read(site.constants).float()
+        refitted[site.name] = replace(choice, weight=weight, bias=bias)
     return refitted
 
 
@@ -296,28 +316,20 @@ def _check_loading(result: Verification, folder: Path) -> None:
     del model
 
 
-def _check_tensors(
-    result: Verification, folder: Path, original: Source, sites: Sequence[Site], plan: Mapping[str, Choice]
-) -> None:
+def _check_tensors(result: Verification, folder: Path, target: Target, plan: Mapping[str, Choice]) -> None:
     """What was copied is the original's; what was cut or folded is what the plan makes of it."""
-    written = open_source(str(folder))
+    original, written = target.source, open_source(str(folder))
+    assert isinstance(original, Source)
     differing = []
-    touched = set()
-    for site in sites:
-        for name, tensor in cut_site(original, site, plan[site.name]).items():
-            touched.add(name)
+    unsaid = set(written.names)
+    for block in tensors_by_block(original.blank, original.family):
+        for name, tensor in tell_block(target, plan, block).items():
+            unsaid.discard(name)
             if not torch.equal(written.read(name), tensor.to(written.read(name).dtype)):
                 differing.append(name)
         original.checkpoint.release()
         written.checkpoint.release()
-    for name in written.names:
-        if name in original.names and name not in touched:
-            if not torch.equal(written.read(name), original.read(name)):
-                differing.append(name)
-        elif name not in touched and bool(written.read(name).any()):
-            differing.append(name)
-        original.checkpoint.release()
-        written.checkpoint.release()
+    differing += [name for name in sorted(unsaid) if bool(written.read(name).any())]
     seen = "all as the plan makes them" if not differing else f"not what the plan makes: {', '.join(differing[:3])}"
     result.note("tensors are the original's, cut and folded", not differing, seen)
 

@@ -1,12 +1,12 @@
 """A plan and a host become a folder: shards, config, side files.
 
-The target class is built on `meta` and its state dict walked: every tensor is copied, cut, folded, or an explicit zero
-bias that the host's flag opened. Anything else is a refusal, before the first byte.
+Every tensor of the target class is copied, cut, folded, said in another class's words, or an explicit zero bias that
+the host's flag opened; `hosts.lay_out` refuses anything else before the first byte.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .checkpoint import Writer, save_tensors
-from .errors import PrunePeakError
 from .folding import clear, cut, fold
-from .hosts import Target
+from .hosts import Layout, Target
 from .selection import Choice
-from .sites import Site
-from .source import SIDE_FILES, Source, build_blank
+from .sites import Site, tensors_by_block
+from .source import SIDE_FILES, Source
 
 RECIPE_FILE = "prune_peak.json"
 PLAN_FILE = "prune_peak_plan.safetensors"
@@ -28,52 +27,15 @@ PLAN_FILE = "prune_peak_plan.safetensors"
 # What we write ourselves, or what belongs to the source's files alone
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", RECIPE_FILE}
 
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def lay_out(source: Source, sites: Sequence[Site], target: Target) -> Layout:
-    """Name, shape and type of every tensor to write.
-
-    Raises:
-        PrunePeakError: the target class needs a tensor that is neither copied, cut, folded nor a zero bias.
-    """
-    blank = build_blank(target.model_class, target.config)
-    twins = {twin for twin, first in blank.all_tied_weights_keys.items() if twin != first}
-    cuts = {name: (site, axis) for site in sites for name, axis in site.cuts.items()}
-    source_state = source.blank.state_dict()
-    layout: Layout = {}
-    for name, empty in blank.state_dict().items():
-        shape = tuple(empty.shape)
-        if name in twins:
-            continue
-        if name in source_state:
-            dtype = source.checkpoint.dtype(source.names[source.tied.get(name, name)])
-            expected = tuple(source_state[name].shape)
-            if name in cuts:
-                axis = cuts[name][1]
-                expected = (*expected[:axis], shape[axis], *expected[axis + 1 :])
-        elif name.endswith(".bias"):
-            weight = name.removesuffix("bias") + "weight"
-            dtype = source.checkpoint.dtype(source.names[weight])
-            expected = (blank.state_dict()[weight].shape[0],)
-        else:
-            raise PrunePeakError(f"{target.model_class.__name__} needs {name}, which {source.name} does not have.")
-        if shape != expected:
-            raise PrunePeakError(f"{target.model_class.__name__} wants {name} as {shape}, the cut gives {expected}.")
-        layout[name] = (shape, dtype)
-    lost = [name for name in source.names if name not in layout and name not in twins]
-    if lost:
-        raise PrunePeakError(f"{target.model_class.__name__} has no place for {', '.join(lost[:3])}.")
-    return layout
-
 
 class Export:
-    """Writes the tensors of one plan: `write_site` as the choices come, then `finish` for all the others."""
+    """Writes the tensors of one plan: `write_site` as the choices come, then `finish` for what is left."""
 
-    def __init__(self, source: Source, target: Target, layout: Layout, folder: Path) -> None:
-        self.source, self.target, self.layout, self.folder = source, target, layout, folder
+    def __init__(self, target: Target, layout: Layout, folder: Path) -> None:
+        assert isinstance(target.source, Source)
+        self.source, self.target, self.layout, self.folder = target.source, target, layout, folder
         self._writer = Writer(folder, layout)
-        self._plan: dict[str, Tensor] = {}
+        self._plan: dict[str, Choice] = {}
 
     def __enter__(self) -> "Export":
         return self
@@ -84,50 +46,66 @@ class Export:
         self._writer.__exit__(kind, error, trace)
 
     def write_site(self, site: Site, choice: Choice) -> None:
-        for name, tensor in cut_site(self.source, site, choice).items():
-            self._writer.write(name, tensor.to(self.layout[name][1]))
-        self._plan[f"{site.name}.keep"] = choice.keep
-        self._plan[f"{site.name}.fill"] = choice.fill
-        self.source.checkpoint.release()
+        """Take the choice for a site; with the last of its block, the block is written."""
+        self._plan[site.name] = choice
+        if all(other.name in self._plan for other in self.target.sites if other.block == site.block):
+            self._write(site.block)
 
     def finish(self) -> dict[str, str]:
         """Write the rest, the config, the plan and the side files; returns the digests of all tensors."""
+        self._write(None)
         for name, (shape, dtype) in self.layout.items():
-            if name in self._writer.digests:
-                continue
-            if name in self.source.names:
-                self._writer.write(name, self.source.read(name))
-                self.source.checkpoint.release()
-            else:
+            if name not in self._writer.digests:
                 self._writer.write(name, torch.zeros(shape, dtype=dtype))
         digests = self._writer.finish()
-        save_tensors(self._plan, self.folder / PLAN_FILE)
+        save_tensors(
+            {f"{name}.keep": choice.keep for name, choice in self._plan.items()}
+            | {f"{name}.fill": choice.fill for name, choice in self._plan.items()},
+            self.folder / PLAN_FILE,
+        )
         write_config(self.target.config, self.folder / "config.json")
         copy_side_files(self.source.folder, self.folder)
         return digests
 
+    def _write(self, block: int | None) -> None:
+        for name, tensor in tell_block(self.target, self._plan, block).items():
+            self._writer.write(name, tensor.to(self.layout[name][1]))
+        self.source.checkpoint.release()
 
-def cut_site(source: Source, site: Site, choice: Choice) -> dict[str, Tensor]:
-    """The tensors of a site as the plan changes them: rows and columns gone, or zero; constants in the bias (float32).
 
-    A refitted reader is taken as it is.
+def tell_block(target: Target, plan: Mapping[str, Choice], block: int | None) -> dict[str, Tensor]:
+    """The tensors of a block (None: those outside the blocks) as a plan changes them and as the target says them.
+
+    Rows and columns are gone, or zero; constants are in the bias; a refitted reader is taken as it is. What was changed
+    is float32.
     """
-    tensors = {}
-    for name, axis in site.cuts.items():
-        tensor = source.read(name)
-        if site.in_place:
-            tensors[name] = clear(tensor, site.idle(name, choice.keep), axis)
-        else:
-            tensors[name] = cut(tensor, site.rows(choice.keep, tensor.shape[axis]), axis)
-    weight = site.as_matrix(source.read(site.weight))
-    if choice.weight is not None and choice.bias is not None:
-        refitted = choice.weight
-        if site.in_place:
-            refitted = torch.zeros(weight.shape).index_copy(1, choice.keep, refitted)
-        return tensors | {site.weight: site.as_matrix(refitted), site.bias: choice.bias}
-    bias = source.read(site.bias) if site.bias in source.names else None
-    tensors[site.bias] = fold(weight, bias, choice.fill, choice.keep)
-    return tensors
+    source = target.source
+    assert isinstance(source, Source)
+    tensors = {name: source.read(name) for name in tensors_by_block(source.blank, source.family)[block]}
+    if target.dialect is not None:
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    # a bias that takes another site's constants too takes its own first
+    sites = sorted((site for site in target.sites if site.block == block), key=lambda site: site.constants != site.bias)
+    for site in sites:
+        choice = plan[site.name]
+        weight, bias = site.as_matrix(tensors[site.weight]), tensors.get(site.bias)
+        for name, axis in site.cuts.items():
+            tensor = tensors[name]
+            if site.in_place:
+                tensors[name] = clear(tensor, site.idle(name, choice.keep), axis)
+            else:
+                tensors[name] = cut(tensor, site.rows(name, choice.keep, tensor.shape[axis]), axis)
+        if choice.weight is not None:
+            refitted = choice.weight
+            if site.in_place:
+                refitted = torch.zeros(weight.shape).index_copy(1, choice.keep, refitted)
+            tensors[site.weight] = site.as_matrix(refitted)
+        constant = fold(weight, bias, choice.fill, choice.keep) if choice.bias is None else choice.bias
+        if site.constants == site.bias:
+            tensors[site.bias] = constant
+        elif site.constants is not None:
+            tensors[site.constants] = constant + tensors.get(site.constants, torch.zeros(())).float()
+    return target.tell(block, tensors)
 
 
 def write_config(config: PreTrainedConfig, path: Path) -> None:

@@ -1,11 +1,10 @@
 """The table: for every supported `model_type`, the names that cannot be asked of the stock class.
 
 To add a family, add one row here and one tiny config in `tests/tiny.py`; every test of the law then runs over it.
-Counts, widths, Linear or Conv1D, and whether a bias is there are asked of the class itself (`sites.py`).
+Counts, widths, Linear or Conv1D, fused or not, and whether a bias is there are asked of the class itself (`sites.py`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,7 @@ class MLP:
     reader: str
     width_key: str  # the config key of the number of neurons, or of their ratio to the hidden size
     bias_key: str | None = None  # the config key that gives the reader a bias, where it has none by nature
+    constants: str | None = None  # the module whose bias takes the constants, where it is not the reader
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,16 @@ class Family:
     blocks: str  # path of the list of blocks, from the base model
     mlp: MLP
     attention: Attention | None = None
-    hosts: tuple[str, ...] = ("own",)  # the classes that can hold the result, best first (`hosts.py`)
-    host_settings: Mapping[str, object] = field(default_factory=dict)  # what is fixed here and optional in the hosts
+    hosts: tuple[str, ...] = ()  # what to write where its own class cannot hold the result, best first (`hosts.py`)
     pooler: str | None = None  # path of what follows the blocks and, where it is there, has an MLP like theirs
     leftovers: tuple[str, ...] = ()  # patterns of tensors that published files hold for another head, and that are lost
+
+
+def fused(
+    module: str, reader: str, bias_key: str | None = None, fixed: bool = False, by_group: bool = False
+) -> Attention:
+    """An attention whose queries, keys and values one module makes."""
+    return Attention(module, module, module, reader, bias_key, fixed=fixed, by_group=by_group)
 
 
 LLAMA_MLP = MLP(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "intermediate_size", "mlp_bias")
@@ -53,9 +59,11 @@ LLAMA_ATTENTION = Attention(
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "attention_bias"
 )
 
-# Llama's mathematics without a bias to fold into: Llama itself holds them where the heads divide the hidden size,
-# Granite where they do not, SmolLM3 where attention has a sliding window.
+# Written where the class itself has no bias to fold into: Llama where the heads divide the hidden size, Granite where
+# they do not, SmolLM3 where attention has a sliding window.
 LLAMA_HOSTS = ("llama", "granite", "smollm3")
+
+NEOX_MLP = MLP(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "intermediate_size")
 
 CLIP_ATTENTION = replace(LLAMA_ATTENTION, reader="self_attn.out_proj", bias_key=None, fixed=True)
 VIT_MLP = MLP(("mlp.fc1",), "mlp.fc2", "intermediate_size")
@@ -79,6 +87,12 @@ FAMILIES = {
         Family("bert", "encoder.layer", BERT_MLP, BERT_ATTENTION, leftovers=BERT_LEFTOVERS),
         Family("camembert", "encoder.layer", BERT_MLP, BERT_ATTENTION, leftovers=BERT_LEFTOVERS),
         Family("clip_vision_model", "encoder.layers", VIT_MLP, CLIP_ATTENTION),
+        Family(
+            "cohere",  # attention and MLP side by side: one bias takes the constants of both
+            "layers",
+            replace(LLAMA_MLP, bias_key="attention_bias", constants="self_attn.o_proj"),
+            LLAMA_ATTENTION,
+        ),
         Family("deit", "layers", VIT_MLP, VIT_ATTENTION),
         Family("dinov2", "encoder.layer", replace(VIT_MLP, width_key="mlp_ratio"), VIT_ATTENTION),
         Family(
@@ -89,30 +103,45 @@ FAMILIES = {
         ),
         Family("electra", "encoder.layer", BERT_MLP, BERT_ATTENTION),
         Family(
+            "falcon",
+            "h",
+            replace(NEOX_MLP, width_key="ffn_hidden_size", bias_key="bias"),
+            fused("self_attention.query_key_value", "self_attention.dense", "bias", by_group=True),
+            ("phi",),
+        ),
+        Family("gemma", "layers", LLAMA_MLP, LLAMA_ATTENTION, ("granite",)),
+        Family("gemma2", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        Family("gemma3_text", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        Family(
             "gpt2",
             "h",
             MLP(("mlp.c_fc",), "mlp.c_proj", "n_inner"),
-            Attention("attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", fixed=True),
+            fused("attn.c_attn", "attn.c_proj", fixed=True),
         ),
         Family(
             "gpt_neox",
             "layers",
-            MLP(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "intermediate_size"),
-            Attention(
-                "attention.query_key_value",
-                "attention.query_key_value",
-                "attention.query_key_value",
-                "attention.dense",
-                "attention_bias",
-                fixed=True,
-                by_group=True,
-            ),
+            NEOX_MLP,
+            fused("attention.query_key_value", "attention.dense", "attention_bias", by_group=True),
+            ("phi",),
+        ),
+        Family(
+            "gptj",
+            "h",
+            MLP(("mlp.fc_in",), "mlp.fc_out", "n_inner"),
+            Attention("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"),
+            ("phi",),
         ),
         Family("granite", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        Family("hy_v3", "layers", LLAMA_MLP, LLAMA_ATTENTION),
         Family("ijepa", "layers", VIT_MLP, VIT_ATTENTION),
         # Llama itself refuses heads that do not divide the hidden size
-        Family("llama", "layers", LLAMA_MLP, LLAMA_ATTENTION, ("own", "granite")),
+        Family("llama", "layers", LLAMA_MLP, LLAMA_ATTENTION, ("granite",)),
         Family("mistral", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS),
+        Family("olmo", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        # their norms of queries and keys span all heads
+        Family("olmo2", "layers", LLAMA_MLP),
+        Family("olmo3", "layers", LLAMA_MLP),
         # Galactica is an OPT without biases
         Family(
             "opt",
@@ -126,11 +155,19 @@ FAMILIES = {
             MLP(("mlp.fc1",), "mlp.fc2", "intermediate_size"),
             Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
         ),
-        # Qwen2 always has biases on q, k and v, and never one on o
-        Family("qwen2", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS, {"attention_bias": True}),
+        Family(
+            "phi3",
+            "layers",
+            replace(LLAMA_MLP, makers=("mlp.gate_up_proj",)),
+            fused("self_attn.qkv_proj", "self_attn.o_proj", "attention_bias"),
+            LLAMA_HOSTS,
+        ),
+        Family("qwen2", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS),
+        Family("qwen3", "layers", LLAMA_MLP, LLAMA_ATTENTION, ("hy_v3",)),
         Family("roberta", "encoder.layer", BERT_MLP, BERT_ATTENTION, leftovers=BERT_LEFTOVERS),
         Family("siglip_vision_model", "encoder.layers", VIT_MLP, CLIP_ATTENTION, pooler="head"),
         Family("smollm3", "layers", LLAMA_MLP, LLAMA_ATTENTION),
+        Family("stablelm", "layers", LLAMA_MLP),
         Family(
             "starcoder2",
             "layers",

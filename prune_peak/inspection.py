@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch import Tensor
 from .blocks import BlockStream
 from .budget import Budget, Ratio, count_parameters
 from .calibration import BATCH_IMAGES, BATCH_TOKENS, calibrate, default_dtype, into_batches
+from .errors import PrunePeakError
 from .evaluation import DECODED, PROBES, WHOLE_SIZE
-from .hosts import ENGINES, choose_target
+from .families import FAMILIES
+from .hosts import AUTO, ENGINES, choose_target
 from .images import choose_images
 from .selection import width_step
-from .sites import HEAD, Site, cuttable_kinds, find_blocks, find_sites
-from .source import Source, build_blank, open_blueprint, open_source
+from .sites import HEAD, KINDS, find_blocks, find_sites
+from .source import Blueprint, Source, open_blueprint, open_source
 from .texts import (
     PASSAGES,
     SAMPLES,
@@ -50,7 +52,8 @@ class Cuttable:
     neurons: int  # at every site
     step: int  # neurons by which it gets narrower
     kept: int  # neurons; all of them where the kind is not cut
-    constants: str  # where they go
+    written_as: str  # the class, where this kind alone is cut
+    constants: str  # where they go then
     in_place: bool  # can only be zeroed, or shall be: nothing is saved
 
 
@@ -64,6 +67,7 @@ class Inspection:
     dtype: str
     blocks: int
     sites: tuple[Cuttable, ...]
+    whole: Mapping[str, str]  # kinds of site that cannot be deleted, and why
     parameters: int
     bytes: int
     asked: str  # the ratio or target
@@ -88,6 +92,7 @@ def inspect(
     unit: str = HEAD,
     keep_shape: bool = False,
     multiple_of: int | None = None,
+    host: str = AUTO,
     revision: str | None = None,
 ) -> Inspection:
     """Say what `compress` would do to a model, from its config; the ratio is 0.3 where nothing else is asked for.
@@ -110,32 +115,27 @@ def inspect(
     budget = Budget(ratio, target_params, target_bytes, keep_shape)
     cut = find_sites(blueprint.blank, blueprint.family, budget.kinds(sites), unit, keep_shape)
     first = {site.kind: site for site in cut}
-    splits = budget.splits(blueprint, cut, multiple_of)
+    splits = budget.splits(blueprint, cut, multiple_of, host)
     kept = min(splits, key=lambda widths: max(1 - width / first[kind].neurons for kind, width in widths.items()))
-    target = choose_target(blueprint, [site for site in cut if site.kind in kept], kept, dtype)
-    before = count_parameters(blueprint.blank)
-    after = count_parameters(build_blank(target.model_class, target.config))
-    narrower = () if keep_shape else cuttable_kinds(blueprint.family)
-    every: dict[str, Site] = {}
-    for kind in cuttable_kinds(blueprint.family, keep_shape=True):
-        every[kind] = find_sites(blueprint.blank, blueprint.family, [kind], unit, kind not in narrower)[0]
+    target = choose_target(blueprint, [site for site in cut if site.kind in kept], kept, dtype, host)
+    before, after = count_parameters(blueprint.blank), count_parameters(target.blank)
+    cuttable: list[Cuttable] = []
+    whole: dict[str, str] = {}
+    for kind in KINDS:
+        for in_place in (True,) if keep_shape else (False, True):
+            try:
+                cuttable.append(_inspect_kind(blueprint, kind, kept.get(kind), unit, in_place, multiple_of, host))
+                break
+            except PrunePeakError as reason:
+                whole.setdefault(kind, str(reason))
     return Inspection(
         model=model,
         model_type=blueprint.family.model_type,
         model_class=blueprint.model_class.__name__,
         dtype=str(dtype).removeprefix("torch."),
         blocks=len(find_blocks(blueprint.blank, blueprint.family)),
-        sites=tuple(
-            Cuttable(
-                kind,
-                site.neurons,
-                width_step(site, multiple_of),
-                kept.get(kind, site.neurons),
-                _place_of_constants(site),
-                site.in_place,
-            )
-            for kind, site in every.items()
-        ),
+        sites=tuple(cuttable),
+        whole=whole,
         parameters=before,
         bytes=before * dtype.itemsize,
         asked=budget.label,
@@ -148,9 +148,26 @@ def inspect(
     )
 
 
-def _place_of_constants(site: Site) -> str:
-    reader = site.name.split(f".{site.block}.", 1)[1]
-    return f"bias of {reader}" + (f", opened by {site.bias_key}" if site.bias_key else "")
+def _inspect_kind(
+    blueprint: Blueprint, kind: str, kept: int | None, unit: str, in_place: bool, multiple_of: int | None, host: str
+) -> Cuttable:
+    """What becomes of a kind of site when it alone is cut, by one step where nothing is asked for.
+
+    Raises:
+        PrunePeakError: it cannot be cut.
+    """
+    sites = find_sites(blueprint.blank, blueprint.family, [kind], unit, in_place)
+    site, step = sites[0], width_step(sites[0], multiple_of)
+    widths = {kind: kept or site.neurons - step}
+    target = choose_target(blueprint, sites, widths, blueprint.config.dtype or torch.float32, host)
+    constants = "nowhere: no bias takes them, so they are zero"
+    if not target.zero_filled:
+        there = find_sites(target.blank, FAMILIES[target.config.model_type], [kind], unit, in_place)[0]
+        assert there.constants is not None
+        module = there.constants.split(f".{there.block}.", 1)[1].removesuffix(".bias")
+        constants = f"to the bias of {module}" + (f", opened by {there.bias_key}" if there.bias_key else "")
+    name = target.model_class.__name__
+    return Cuttable(kind, site.neurons, step, kept or site.neurons, name, constants, in_place)
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,7 @@ def estimate(
     keep_shape: bool = False,
     refit: bool = True,
     multiple_of: int | None = None,
+    host: str = AUTO,
     revision: str | None = None,
     calibration: str = SELF,
     samples: int = SAMPLES,
@@ -197,6 +215,7 @@ def estimate(
         unit=unit,
         keep_shape=keep_shape,
         multiple_of=multiple_of,
+        host=host,
         revision=revision,
     )
     source = open_source(model, revision)

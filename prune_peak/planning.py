@@ -31,6 +31,8 @@ def choose(
     weight = site.as_matrix(source.read(site.weight))
     bias = source.read(site.bias) if site.bias in source.names else None
     evidence = None if observed.grams is None else observed.grams.evidence()
+    if site.constants is None:  # no bias to shift: all is reckoned about zero
+        fill, evidence = "zero", None if evidence is None else evidence.about_zero()
     names = FILLS if fill == AUTO else [fill]
     if score == ELIMINATION:
         assert evidence is not None
@@ -67,6 +69,8 @@ def choose_split(
         weight = site.as_matrix(source.read(site.weight))
         bias = source.read(site.bias) if site.bias in source.names else None
         held_out = seen.grams.held_out.moments()
+        if site.constants is None:
+            held_out = held_out.about_zero()
         errors: dict[int, float] = {site.neurons: 0.0}
         for number, kept in enumerate(splits):
             width = kept.get(site.kind, site.neurons)

@@ -45,6 +45,11 @@ class Moments:
     mean: Tensor  # (neurons,) float64
     covariance: Tensor  # (neurons, neurons) float32
 
+    def about_zero(self) -> "Moments":
+        """Second moments in place of the covariance: what the refit reckons with where there is no bias to shift."""
+        narrow = self.mean.float()
+        return Moments(torch.zeros_like(self.mean), self.covariance.addr(narrow, narrow))
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -53,6 +58,9 @@ class Evidence:
     fitted: Moments
     held_out: Moments
     whole: Moments
+
+    def about_zero(self) -> "Evidence":
+        return Evidence(self.fitted.about_zero(), self.held_out.about_zero(), self.whole.about_zero())
 
 
 class Gram:

@@ -61,6 +61,11 @@ def width_step(site: Site, multiple: int | None = None) -> int:
     return math.lcm(multiple, site.step)
 
 
+def can_fill(site: Site, fill: str) -> str:
+    """The fill, or zero where no bias takes the constants of the site."""
+    return fill if site.constants is not None else "zero"
+
+
 def choose_fill(summary: Summary, fill: str) -> Tensor:
     """The constants of a fill by its name, (neurons,) float32."""
     if fill == "zero":
@@ -121,7 +126,7 @@ def select(
         score: a name of `SCORES`, or "random".
         seed: of the random score; give every site its own.
     """
-    values = choose_fill(summary, fill)
+    values = choose_fill(summary, can_fill(site, fill))
     if score == RANDOM:
         scores = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
     else:

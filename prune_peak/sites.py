@@ -13,6 +13,7 @@ from .families import Attention, Family
 
 KINDS = ("mlp", "attention")
 HEAD, GROUP, NEURON = UNITS = ("head", "group", "neuron")  # what leaves an attention together
+NOBODY = -1  # owns the rows of a fused tensor that stay
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Site:
     transposed: bool  # the reader is a Conv1D, stored as (neurons, hidden)
     settings: Mapping[str, int]  # config keys of widths and counts, as they stand
     proportional: frozenset[str]  # those of them that shrink with the neurons
-    bias_key: str | None = None  # the config key that opens the reader's bias
+    constants: str | None  # the bias that takes the constants; None where the class that is written has none
+    bias_key: str | None = None  # the config key that opens it
     unit: int = 1
     groups: int = 1
     step: int = 1  # widths that the config can say are multiples of this
+    fused: Mapping[str, Tensor] = field(default_factory=dict)  # tensors of several parts: the unit that owns each row
     in_place: bool = False  # nothing is deleted: what would be is zero
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in place: what of the heads a tensor makes,
     by_group: bool = False  # and whether KV group by KV group
@@ -53,14 +56,25 @@ class Site:
         """The reader's weight as (hidden, neurons), however it is stored."""
         return weight.T if self.transposed else weight
 
-    def rows(self, keep: Tensor, size: int) -> Tensor:
-        """The kept indices along an axis of `size` that the units divide, as they divide the neurons.
+    def rows(self, name: str, keep: Tensor, size: int) -> Tensor:
+        """The kept indices along the axis of a tensor in `cuts`, which is of `size`.
 
-        Example: with a KV group of three heads as the unit, keys and values have a third of the neurons' rows.
+        Units divide the axis as they divide the neurons: with a KV group of three heads as the unit, keys and values
+        have a third of the neurons' rows. In a fused tensor every row tells its unit.
         """
+        if name in self.fused:
+            owners = self.fused[name]
+            return (torch.isin(owners, keep // self.unit) | (owners == NOBODY)).nonzero()[:, 0]
         each = size * self.unit // self.neurons
         units = keep[:: self.unit] // self.unit
         return (units[:, None] * each + torch.arange(each)).flatten()
+
+    def size_at(self, name: str, size: int, kept: int) -> int:
+        """How many indices of the axis of a cut tensor are left with `kept` neurons."""
+        if self.in_place:
+            return size
+        staying = int((self.fused[name] == NOBODY).sum()) if name in self.fused else 0
+        return staying + (size - staying) * kept // self.neurons
 
     def idle(self, name: str, keep: Tensor) -> Tensor:
         """The indices of a tensor along its axis in `cuts` that serve cut neurons alone.
@@ -77,16 +91,17 @@ class Site:
             rows = {"query": queries, "key": queries.any(1, keepdim=True), "value": values}
             makes = [rows[part] for part in self.parts[name]]
             used = torch.cat(makes, dim=1).flatten() if self.by_group else torch.cat([part.flatten() for part in makes])
+        elif name in self.fused:
+            used = used[self.fused[name]]
         return (~used).nonzero()[:, 0]
 
-    def settings_at(self, kept: int) -> dict[str, object]:
-        """What the config says of this site when `kept` neurons are left, with a bias to fold into."""
-        settings: dict[str, object] = {
+    def settings_at(self, kept: int) -> dict[str, int]:
+        """What the config says of this site when `kept` neurons are left."""
+        return {
             key: value * kept // self.neurons if key in self.proportional else value
             for key, value in self.settings.items()
             if not self.in_place
         }
-        return settings if self.bias_key is None else settings | {self.bias_key: True}
 
 
 def find_sites(
@@ -139,6 +154,21 @@ def find_sites(
     return [replace(site, in_place=True) for site in sites] if keep_shape else sites
 
 
+def tensors_by_block(model: PreTrainedModel, family: Family) -> dict[int | None, list[str]]:
+    """The names of a model's tensors, twins apart: those of every block and of what follows them, and of all else."""
+    path = f"{blocks_path(model, family)}."
+    follower = path.removesuffix(f"{family.blocks}.") + f"{family.pooler}."
+    twins = {twin for twin, first in model.all_tied_weights_keys.items() if twin != first}
+    blocks = len(find_blocks(model, family))
+    parts: dict[int | None, list[str]] = {None: [], **{block: [] for block in range(blocks)}}
+    for name in model.state_dict():
+        if name.startswith(path):
+            parts[int(name.removeprefix(path).split(".")[0])].append(name)
+        elif name not in twins:
+            parts.setdefault(blocks if name.startswith(follower) else None, []).append(name)
+    return parts
+
+
 def _no_narrower(family: Family) -> str:
     reason = f"no stock class can hold a narrower attention of the family {family.model_type}"
     instead = "" if family.attention is None else ", or fold it in place, at the same size (--keep-shape)"
@@ -156,9 +186,13 @@ def _find_mlp(model: PreTrainedModel, family: Family, block: str, index: int) ->
     mlp = family.mlp
     name = f"{block}.{mlp.reader}"
     neurons, hidden, transposed = _measure_reader(model, name)
-    cuts = {f"{name}.weight": 0 if transposed else 1}
+    cuts, fused = {f"{name}.weight": 0 if transposed else 1}, {}
     for maker in mlp.makers:
-        cuts |= _rows_of(model, f"{block}.{maker}")
+        for tensor, axis in _rows_of(model, f"{block}.{maker}").items():
+            cuts[tensor] = axis
+            size = model.get_parameter(tensor).shape[axis]
+            if size != neurons:  # gate and up in one module
+                fused[tensor] = torch.arange(neurons).repeat(size // neurons)
     # DINOv2's config holds a ratio to the hidden size, and only whole ones
     said = getattr(model.config, mlp.width_key) or neurons
     return Site(
@@ -171,28 +205,29 @@ def _find_mlp(model: PreTrainedModel, family: Family, block: str, index: int) ->
         transposed,
         {mlp.width_key: said},
         frozenset({mlp.width_key}),
+        constants=f"{block}.{mlp.constants or mlp.reader}.bias",
         bias_key=mlp.bias_key,
         step=neurons // said,
+        fused=fused,
     )
 
 
 def _find_attention(model: PreTrainedModel, attention: Attention, block: str, index: int, unit: str) -> Site:
-    config = model.config
     name = f"{block}.{attention.reader}"
     neurons, hidden, transposed = _measure_reader(model, name)
-    heads = config.num_attention_heads
-    pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
-    head_dim = neurons // heads
+    pairs, each, head_dim = _measure_heads(model, attention, block)
+    heads = pairs * each
     cuts = {f"{name}.weight": 0 if transposed else 1} | _rows_of(model, f"{block}.{attention.query}")
-    settings = {"num_attention_heads": heads, "head_dim": head_dim}
-    if hasattr(config, "num_key_value_heads"):
-        settings["num_key_value_heads"] = pairs
     proportional = {"num_attention_heads"}
     pairs_leave = unit == GROUP or pairs == heads
     if pairs_leave:
         cuts |= _rows_of(model, f"{block}.{attention.key}") | _rows_of(model, f"{block}.{attention.value}")
         cuts |= {f"{block}.{table}": 1 for table in attention.tables if f"{block}.{table}" in model.state_dict()}
         proportional.add("num_key_value_heads")
+    fused = {}
+    if attention.key == attention.query:
+        owners = _owners(pairs, each, head_dim, pairs_leave, attention.by_group)
+        fused = dict.fromkeys(_rows_of(model, f"{block}.{attention.query}"), owners)
     return Site(
         "attention",
         index,
@@ -201,20 +236,21 @@ def _find_attention(model: PreTrainedModel, attention: Attention, block: str, in
         hidden,
         cuts,
         transposed,
-        settings,
+        {"num_attention_heads": heads, "num_key_value_heads": pairs, "head_dim": head_dim},
         frozenset(proportional),
+        constants=f"{name}.bias",
         bias_key=attention.bias_key,
         unit=neurons // pairs if pairs_leave else head_dim,
         groups=1 if pairs_leave else pairs,
+        fused=fused,
     )
 
 
 def _find_attention_in_place(model: PreTrainedModel, attention: Attention, block: str, index: int, unit: str) -> Site:
     """Any neurons, heads or groups: shapes stay, so they need not be regular."""
-    config, name = model.config, f"{block}.{attention.reader}"
+    name = f"{block}.{attention.reader}"
     neurons, hidden, transposed = _measure_reader(model, name)
-    heads = config.num_attention_heads
-    pairs = getattr(config, "num_key_value_heads", None) or heads  # of keys and values
+    pairs, each, head_dim = _measure_heads(model, attention, block)
     cuts = {f"{name}.weight": 0 if transposed else 1}
     parts: dict[str, tuple[str, ...]] = {}
     for part, maker in (("query", attention.query), ("key", attention.key), ("value", attention.value)):
@@ -231,17 +267,44 @@ def _find_attention_in_place(model: PreTrainedModel, attention: Attention, block
         transposed,
         {},
         frozenset(),
+        constants=f"{name}.bias",
         bias_key=attention.bias_key,
-        unit={NEURON: 1, HEAD: neurons // heads, GROUP: neurons // pairs}[unit],
+        unit={NEURON: 1, HEAD: head_dim, GROUP: neurons // pairs}[unit],
         parts=parts,
         by_group=attention.by_group,
-        heads=(pairs, heads // pairs, neurons // heads),
+        heads=(pairs, each, head_dim),
     )
+
+
+def _owners(pairs: int, each: int, head_dim: int, pairs_leave: bool, by_group: bool) -> Tensor:
+    """The unit that owns each row of a module that makes queries, keys and values: (rows,)."""
+    if pairs_leave:
+        queries = torch.arange(pairs)[:, None].expand(pairs, each)
+        keys = torch.arange(pairs)[:, None]
+    else:
+        queries, keys = torch.arange(pairs * each).view(pairs, each), torch.full((pairs, 1), NOBODY)
+    parts = [queries, keys, keys]
+    heads = torch.cat(parts, dim=1).flatten() if by_group else torch.cat([part.flatten() for part in parts])
+    return heads.repeat_interleave(head_dim)
+
+
+def _measure_heads(model: PreTrainedModel, attention: Attention, block: str) -> tuple[int, int, int]:
+    """KV groups, heads of each, neurons of each head."""
+    heads = model.config.num_attention_heads
+    neurons, _, _ = _measure_reader(model, f"{block}.{attention.reader}")
+    head_dim = neurons // heads
+    weight = f"{block}.{attention.key}.weight"
+    rows = model.get_parameter(weight).shape[_rows_of(model, f"{block}.{attention.key}")[weight]] // head_dim
+    pairs = (rows - heads) // 2 if attention.key == attention.query else rows
+    return pairs, heads // pairs, head_dim
 
 
 def _measure_reader(model: PreTrainedModel, name: str) -> tuple[int, int, bool]:
     """Neurons, hidden size, and whether it is a Conv1D."""
-    reader = model.get_submodule(name)
+    try:
+        reader = model.get_submodule(name)
+    except AttributeError:
+        raise PrunePeakError(f"this {model.config.model_type} has no {name}: its blocks are of another kind.") from None
     assert isinstance(reader.weight, nn.Parameter)
     transposed = isinstance(reader, Conv1D)
     neurons, hidden = reader.weight.shape if transposed else reader.weight.shape[::-1]

@@ -65,6 +65,10 @@ class Blueprint:
         """The class without any numbers, for asking it about shapes and modules."""
         return build_blank(self.model_class, self.config)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type that a tensor is stored in, as far as is known."""
+        return self.config.dtype or torch.float32
+
     @property
     def sees_images(self) -> bool:
         """Whether the inputs are images; tokens otherwise."""
@@ -114,6 +118,9 @@ class Source(Blueprint):
             return shell
         finally:
             torch.set_default_dtype(default)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.checkpoint.dtype(self.names[self.tied.get(name, name)])
 
     @property
     def parameters(self) -> int:

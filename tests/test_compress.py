@@ -152,7 +152,7 @@ def test_verify_compares_with_the_original(good: Path, name: str, words: str) ->
 
 def test_a_result_that_fails_is_not_kept(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prune_peak.export.fold", lambda weight, bias, fill, keep: torch.ones(weight.shape[0]))
-    monkeypatch.setattr("prune_peak.evaluation.cut_site", lambda *_: {})
+    monkeypatch.setattr("prune_peak.evaluation._check_tensors", lambda *_: None)
     result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4)
     assert result.exit_code == 1
     assert "does not compute what it should" in result.output

@@ -3,15 +3,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import EXAMPLES
+from safetensors.torch import load_file
 from test_law import KEPT, cut_tiny
 from tiny import TINY, Tiny
 
 from prune_peak.cli import main
 from prune_peak.families import FAMILIES
+from prune_peak.hosts import choose_target
 from prune_peak.inspection import inspect
-from prune_peak.source import open_source
+from prune_peak.sites import find_sites
+from prune_peak.source import open_blueprint, open_source
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
@@ -33,8 +37,38 @@ def test_inspect_foretells_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
     assert [inspection.written_as] == written["architectures"]
     assert inspection.parameters == source.parameters
     assert inspection.parameters_after == open_source(str(tmp_path / "cut")).parameters
-    assert bool(inspection.why) == (inspection.written_as in ("GraniteForCausalLM", "SmolLM3ForCausalLM")
-                                    and not tiny.name.startswith(("granite", "smollm3")))  # fmt: skip
+    # what is written holds the constants of the MLP where `inspect` says, and its own class is written where it does
+    tensors = load_file(tmp_path / "cut" / "model.safetensors")
+    mlp_bias = mlp.constants.removeprefix("to the bias of ").split(",")[0] + ".bias"
+    biases = [tensor for name, tensor in tensors.items() if name.endswith(f".{mlp_bias}")]
+    assert bool(biases) != mlp.constants.startswith("nowhere")
+    assert all(bool(bias.any()) for bias in biases)
+    assert bool(inspection.why) == (inspection.written_as != inspection.model_class or not biases)
+
+
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_inspect_says_what_becomes_of_attention(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny.build()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    inspection = inspect(str(tmp_path))
+    family = FAMILIES[inspection.model_type]
+    if family.attention is None:
+        assert [site.kind for site in inspection.sites] == ["mlp"]
+        assert "no stock class can hold" in inspection.whole["attention"]
+        return
+    _, attention = inspection.sites
+    assert attention.in_place == (family.attention.fixed or tiny.stiff)
+    assert bool(inspection.whole) == attention.in_place
+    blueprint = open_blueprint(str(tmp_path))
+    sites = find_sites(blueprint.blank, family, ["attention"], keep_shape=attention.in_place)
+    target = choose_target(blueprint, sites, {"attention": sites[0].neurons - attention.step}, torch.float32)
+    assert attention.written_as == target.model_class.__name__
+    if attention.constants.startswith("nowhere"):
+        assert target.zero_filled == ("attention",)
+    else:
+        bias = attention.constants.removeprefix("to the bias of ").split(",")[0] + ".bias"
+        assert any(name.endswith(bias) for name in target.blank.state_dict())
 
 
 def test_every_family_is_inspected_above() -> None:

@@ -20,11 +20,12 @@ class Tiny:
     family: str  # prefix of the transformers classes
     head: str = "ForCausalLM"
     settings: dict[str, Any] = field(default_factory=dict)
+    stiff: bool = False  # no stock class can hold its attention narrower, though others of its family can be
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         common = {} if self.family in VISION else COMMON
-        config = getattr(transformers, f"{self.family}Config")(
+        config = getattr(transformers, CONFIGS.get(self.family, f"{self.family}Config"))(
             **(FAMILY_SETTINGS[self.family] | common | self.settings)
         )
         model = getattr(transformers, f"{self.family}{self.head}")(config).eval()
@@ -53,6 +54,13 @@ ROTARY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
 }
+FALCON = {
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+}
 BERT = {key: value for key, value in ROTARY.items() if key != "num_key_value_heads"}
 VIT = {
     "hidden_size": HIDDEN,
@@ -73,14 +81,35 @@ VISION: dict[str, dict[str, Any]] = {
     "ViT": VIT,
     "ViTMSN": VIT,
 }
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}  # where it is named otherwise
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": HIDDEN, "n_inner": WIDTH, "n_layer": BLOCKS, "n_head": 4, "n_positions": POSITIONS},
+    "Cohere": ROTARY,
+    "Falcon": FALCON,
+    "Gemma": ROTARY | {"head_dim": 8},
+    "Gemma2": ROTARY | {"head_dim": 8, "sliding_window": 8},
+    "Gemma3": ROTARY | {"head_dim": 8, "sliding_window": 8},
+    "GPTJ": {
+        "n_embd": HIDDEN,
+        "n_inner": WIDTH,
+        "n_layer": BLOCKS,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "rotary_dim": 4,
+    },
+    "HYV3": ROTARY | {"head_dim": 8, "mlp_layer_types": ["dense"] * BLOCKS},
     "Llama": ROTARY,
     "Mistral": ROTARY | {"sliding_window": None},
     "SmolLM3": ROTARY,
     "Granite": ROTARY,
     "Qwen2": ROTARY,
+    "Olmo": ROTARY,
+    "Olmo2": ROTARY,
+    "Olmo3": ROTARY | {"sliding_window": 8},
     "Phi": ROTARY,
+    "Phi3": ROTARY | {"original_max_position_embeddings": 40},
+    "Qwen3": ROTARY | {"head_dim": 8},
+    "StableLm": ROTARY,
     "Starcoder2": ROTARY,
     "GPTNeoX": {key: value for key, value in ROTARY.items() if key != "num_key_value_heads"},
     "Bert": BERT,
@@ -113,9 +142,49 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 
 TINY = [
+    Tiny("cohere", "Cohere"),
+    Tiny("cohere-biased-untied", "Cohere", settings={"attention_bias": True, "tie_word_embeddings": False}),
+    Tiny("cohere-qk-norm", "Cohere", settings={"use_qk_norm": True}, stiff=True),
+    Tiny("falcon-7b", "Falcon"),
+    Tiny("falcon-7b-biased-untied", "Falcon", settings={"bias": True, "tie_word_embeddings": False}),
+    Tiny("falcon-40b", "Falcon", settings={"new_decoder_architecture": True, "num_kv_heads": 2}),
+    Tiny(
+        "falcon-11b",
+        "Falcon",
+        settings={"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    Tiny("falcon-no-groups", "Falcon", settings={"multi_query": False}),
+    Tiny(
+        "falcon-alibi",
+        "Falcon",
+        settings={"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+        stiff=True,
+    ),
+    Tiny("gemma", "Gemma"),
+    Tiny("gemma-wide-heads", "Gemma", settings={"head_dim": 16, "num_key_value_heads": 1}),
+    Tiny("gemma2", "Gemma2"),
+    Tiny("gemma3", "Gemma3", settings={"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+    Tiny("gptj", "GPTJ"),
+    Tiny("hy-v3", "HYV3"),
+    Tiny("olmo", "Olmo"),
+    Tiny("olmo2", "Olmo2"),
+    Tiny("olmo3", "Olmo3"),
+    Tiny("phi3", "Phi3"),
+    Tiny("phi3-window", "Phi3", settings={"sliding_window": 8}),
+    Tiny("phi3-long-rope", "Phi3", settings={"rope_parameters": LONG_ROPE}),
+    Tiny("phi3-part-of-each-head", "Phi3", settings={"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    Tiny("qwen3", "Qwen3"),
+    Tiny("qwen3-biased-tied", "Qwen3", settings={"attention_bias": True, "tie_word_embeddings": True}),
+    Tiny("stablelm", "StableLm", settings={"use_qkv_bias": True}),
     Tiny("gpt2", "GPT2", "LMHeadModel"),
     Tiny("gpt2-default-width", "GPT2", "LMHeadModel", {"n_inner": None}),
     Tiny("gpt2-untied", "GPT2", "LMHeadModel", {"tie_word_embeddings": False}),
@@ -141,11 +210,12 @@ TINY = [
     Tiny("qwen2-window", "Qwen2", settings=WINDOW | {"max_window_layers": 0}),
     Tiny("qwen2-mixed-window", "Qwen2", settings=WINDOW | {"max_window_layers": 1}),
     Tiny("phi", "Phi"),
-    Tiny("phi-tied-qk-norm", "Phi", settings={"tie_word_embeddings": True, "qk_layernorm": True}),
+    Tiny("phi-tied-qk-norm", "Phi", settings={"tie_word_embeddings": True, "qk_layernorm": True}, stiff=True),
     Tiny("starcoder2", "Starcoder2"),
     Tiny("starcoder2-window-no-bias", "Starcoder2", settings={"use_bias": False, "sliding_window": 8}),
     Tiny("gpt-neox-parallel", "GPTNeoX"),
-    Tiny("gpt-neox-sequential", "GPTNeoX", settings={"use_parallel_residual": False, "tie_word_embeddings": True}),
+    Tiny("gpt-neox-tied", "GPTNeoX", settings={"tie_word_embeddings": True, "attention_bias": False}),
+    Tiny("gpt-neox-sequential", "GPTNeoX", settings={"use_parallel_residual": False}, stiff=True),
     Tiny("bert", "Bert", "ForMaskedLM"),
     Tiny("bert-classifier", "Bert", "ForSequenceClassification"),
     Tiny("camembert", "Camembert", "ForMaskedLM"),
