@@ -107,7 +107,7 @@ REFUSED = {
     "multimodal": ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "a multimodal wrapper"),
     "remote code": ({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
     "quantized": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "a quantized checkpoint"),
-    "unknown": ({"model_type": "bloom"}, "is not supported. Supported: bert, .*gpt2, gpt_neox, gptj, granite"),
+    "unknown": ({"model_type": "bloom"}, "is not supported. Supported: beit, .*gpt2, gpt_neox, gptj, granite"),
     "no type": ({}, "is not supported"),
     "width of words": ({"model_type": "llama", "hidden_size": "wide"}, "not a valid llama config"),
     "negative width": ({"model_type": "llama", "hidden_size": -64}, "not a valid llama config"),
