@@ -520,6 +520,29 @@ def analyze(as_json: bool, quiet: bool, **options: Any) -> None:
         _print_analysis(analysis)
 
 
+@main.command("export-gguf")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@talk_options
+def export_gguf(folder: Path, file: Path, force: bool, as_json: bool, quiet: bool) -> None:
+    """Write a folder as one GGUF file, for llama.cpp and what is built on it (needs the extra `gguf`).
+
+    \b
+    Example:
+      prune-peak export-gguf SmolLM2-135M-peak-0.3 small.gguf
+    """
+    _settle(quiet)
+    from .gguf_file import export_gguf as run
+
+    path = run(folder, file, force=force)
+    size = path.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"output": str(path), "bytes": size}, indent=2))
+    else:
+        click.echo(f"Written to {path} ({size:,} bytes), arch llama.")
+
+
 def _settle(quiet: bool) -> None:
     """Silence the libraries' chatter, and our own if asked to."""
     if quiet:
