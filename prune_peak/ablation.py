@@ -17,7 +17,8 @@ from .sites import Site
 def ablated(model: nn.Module, sites: Sequence[Site], plan: Mapping[str, Choice]) -> Iterator[None]:
     """Within the context, every cut neuron of the plan is held at its fill.
 
-    Where the plan holds a refitted reader, the cut neurons are removed and the reader replaced by it.
+    Where the plan holds a refitted reader, the cut neurons are removed and the reader replaced by it. Where it makes
+    heads narrower, their queries are projected, so that they score the keys as the narrower ones do.
     """
     with ExitStack() as hooks:
         for site in sites:
@@ -28,6 +29,9 @@ def ablated(model: nn.Module, sites: Sequence[Site], plan: Mapping[str, Choice])
             else:
                 handle = reader.register_forward_hook(_replace(choice))
             hooks.callback(handle.remove)
+            if choice.narrowing is not None:
+                query = model.get_submodule(site.narrowed[0])
+                hooks.callback(query.register_forward_hook(_project(choice.narrowing.projection())).remove)
         yield
 
 
@@ -85,6 +89,17 @@ def _hold(choice: Choice):  # type: ignore[no-untyped-def]
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.where(is_cut, choice.fill.to(args[0].dtype), args[0]), *args[1:]
+
+    return hook
+
+
+def _project(projection: Tensor):  # type: ignore[no-untyped-def]
+    heads, head_dim, _ = projection.shape
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        queries = output.unflatten(-1, (heads, head_dim)).unsqueeze(-1)
+        projected: Tensor = projection.to(output.dtype) @ queries
+        return projected.squeeze(-1).flatten(-2)
 
     return hook
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from .blocks import Batch, BlockStream
 from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError
-from .refit import Grams
+from .refit import Gram, Grams, Moments
 from .sites import Site
 from .source import IMAGES, Source
 from .stats import Stats
@@ -57,6 +58,7 @@ class Observed:
     stats: Stats
     grams: Grams | None = None
     power: float | None = None  # with the Grams: squared norm of a hidden state after the block, median of tokens
+    narrowed: tuple[Moments, ...] = ()  # of queries and keys, where heads get narrower
 
 
 def calibrate(
@@ -94,7 +96,15 @@ class Watch:
         self.stats = Stats(site.neurons, tokens)
         self.grams: Grams | None = None
         self.mask: Tensor | None = None  # of the batch that runs
+        self.narrowed: dict[str, Gram] = {}  # of queries and keys
         self._with_grams = with_grams
+
+    def see_maker(self, name: str, made: Tensor) -> None:
+        """What a module gives whose heads get narrower."""
+        flat = made.reshape(-1, self.site.neurons)
+        if name not in self.narrowed:
+            self.narrowed[name] = Gram(flat.float().mean(0))
+        self.narrowed[name].add(flat)
 
     def see(self, neurons: Tensor) -> None:
         flat = neurons.reshape(-1, self.site.neurons)
@@ -110,7 +120,8 @@ class Watch:
                 f"{self.site.name} of {source.name} is given activations that are not finite in {dtype}. "
                 "Try --dtype float32, or check the checkpoint."
             )
-        return Observed(self.site, self.stats, self.grams, power)
+        narrowed = tuple(self.narrowed[name].moments() for name in self.site.narrowed)
+        return Observed(self.site, self.stats, self.grams, power, narrowed)
 
 
 @contextmanager
@@ -118,6 +129,10 @@ def _watching(model: nn.Module, watches: Sequence[Watch]) -> Iterator[None]:
     with ExitStack() as stack:
         for watch in watches:
             stack.enter_context(observing(model.get_submodule(watch.site.name), watch.see))
+            for name in watch.site.narrowed:
+                see = partial(watch.see_maker, name)
+                handle = model.get_submodule(name).register_forward_hook(lambda _, args, made, see=see: see(made))
+                stack.callback(handle.remove)
         yield
 
 

@@ -73,6 +73,7 @@ class Compression:
     fills: Mapping[str, int]  # how many sites took which fill
     zero_filled: Sequence[str]  # kinds of site whose constants had no place, and so are zero
     refits: Mapping[str, Refit]  # by the site's name; empty without the refit
+    scores_lost: Mapping[str, float]  # by the site's name, where heads got narrower: of their scores' variance
     verification: Verification
 
     def to_json(self) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def compress(
         target_params, target_bytes: instead of a ratio, the share of all parameters, or the bytes, that the result may
             have at most; over two kinds of site, the split with the least predicted loss is taken.
         sites: "mlp" (the default), "attention", or both; those that the ratio names, where it names any.
-        unit: what leaves an attention together: a "head" (as many of every KV group), a whole KV "group", or, with
-            `keep_shape`, a "neuron" alone.
+        unit: what leaves an attention together: a "head" (as many of every KV group), a whole KV "group", or a "neuron"
+            alone: where heads can get narrower (vision transformers), or with `keep_shape`.
         keep_shape: zero what is cut, in place of deleting it. It saves nothing, and is the one way to cut an attention
             that no stock class can hold narrower.
         output: the folder to write; `./<name>-peak-<ratio>` by default.
@@ -147,6 +148,8 @@ def compress(
     budget = Budget(ratio, target_params, target_bytes, keep_shape)
     source = open_source(model, revision)
     found = find_sites(source.blank, source.family, budget.kinds(sites), unit, keep_shape)
+    if stats is not None and any(site.narrowed for site in found):
+        raise UsageError(f"--stats holds no products of queries and keys, which --unit {unit} needs; leave it out.")
     statistics = None if stats is None else load_statistics(Path(stats), source, found)
     exam = None if evaluate is None else _set_exam_on(evaluate, source, sequence_length)
     splits = budget.splits(source, found, multiple_of, host)
@@ -243,6 +246,7 @@ def compress(
         fills=dict(Counter(fills.values())),
         zero_filled=target.zero_filled,
         refits=refits,
+        scores_lost={name: site["scores_lost"] for name, site in outcomes.items() if "scores_lost" in site},
         verification=verification,
     )
 
@@ -418,8 +422,14 @@ def _measure_size(source: Source, cut: Mapping[str, int]) -> Size:
 
 
 def _tell_outcome(site: Site, decision: Decision) -> dict[str, Any]:
-    kept = len(decision.choice.keep)
-    return {"kind": site.kind, "block": site.block, "neurons": site.neurons, "kept": kept, "lost": decision.lost}
+    outcome = {
+        "kind": site.kind,
+        "block": site.block,
+        "neurons": site.neurons,
+        "kept": len(decision.choice.keep),
+        "lost": decision.lost,
+    }
+    return outcome if decision.scores_lost is None else outcome | {"scores_lost": decision.scores_lost}
 
 
 def _write_recipe(source: Source, target: Target, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:

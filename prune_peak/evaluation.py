@@ -31,6 +31,7 @@ from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, tell_block
 from .hosts import Target, choose_target
 from .images import read_labelled
+from .narrowing import Narrowing
 from .selection import Choice
 from .sites import KINDS, UNITS, Site, find_sites, tensors_by_block
 from .source import IMAGES, Source, open_source
@@ -249,11 +250,18 @@ def read_plan(folder: Path) -> dict[str, Choice]:
     """The plan of a written folder: a `Choice` for every site, by the site's name."""
     tensors, _ = load_tensors(folder / PLAN_FILE)
     names = [name.removesuffix(".keep") for name in tensors if name.endswith(".keep")]
-    if not names or set(tensors) != {f"{name}.{part}" for name in names for part in ("keep", "fill")}:
+    narrowed = {name for name in names if f"{name}.query" in tensors}
+    expected = {f"{name}.{part}" for name in names for part in ("keep", "fill")}
+    expected |= {f"{name}.{part}" for name in narrowed for part in ("query", "key")}
+    if not names or set(tensors) != expected:
         raise PrunePeakError(
-            f"{folder / PLAN_FILE} is not a plan: expected <site>.keep and <site>.fill for every site."
+            f"{folder / PLAN_FILE} is not a plan: expected <site>.keep and <site>.fill for every site, "
+            "and <site>.query and <site>.key where heads are narrower."
         )
-    return {name: Choice(tensors[f"{name}.keep"], tensors[f"{name}.fill"]) for name in names}
+    narrowings = {name: Narrowing(tensors[f"{name}.query"], tensors[f"{name}.key"]) for name in narrowed}
+    return {
+        name: Choice(tensors[f"{name}.keep"], tensors[f"{name}.fill"], narrowing=narrowings.get(name)) for name in names
+    }
 
 
 def _with_refits(
@@ -285,7 +293,8 @@ def _with_refits(
 def _check_plan(sites: Sequence[Site], plan: Mapping[str, Choice], original: Source) -> None:
     for site in sites:
         choice = plan.get(site.name)
-        if choice is None or choice.fill.shape != (site.neurons,) or not 0 <= choice.keep.max() < site.neurons:
+        fits = choice is not None and choice.fill.shape == (site.neurons,) and 0 <= choice.keep.max() < site.neurons
+        if choice is None or not fits or (choice.narrowing is not None) != bool(site.narrowed):
             raise PrunePeakError(f"{original.name} is not the original of this folder: its {site.name} does not fit.")
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from .checkpoint import Writer, save_tensors
 from .folding import clear, cut, fold
 from .hosts import Layout, Target
+from .narrowing import narrow_rows
 from .selection import Choice
 from .sites import Site, tensors_by_block
 from .source import SIDE_FILES, Source
@@ -60,7 +61,9 @@ class Export:
         digests = self._writer.finish()
         save_tensors(
             {f"{name}.keep": choice.keep for name, choice in self._plan.items()}
-            | {f"{name}.fill": choice.fill for name, choice in self._plan.items()},
+            | {f"{name}.fill": choice.fill for name, choice in self._plan.items()}
+            | {f"{name}.query": choice.narrowing.query for name, choice in self._plan.items() if choice.narrowing}
+            | {f"{name}.key": choice.narrowing.key for name, choice in self._plan.items() if choice.narrowing},
             self.folder / PLAN_FILE,
         )
         write_config(self.target.config, self.folder / "config.json")
@@ -91,7 +94,9 @@ def tell_block(target: Target, plan: Mapping[str, Choice], block: int | None) ->
         weight, bias = site.as_matrix(tensors[site.weight]), tensors.get(site.bias)
         for name, axis in site.cuts.items():
             tensor = tensors[name]
-            if site.in_place:
+            if choice.narrowing is not None and (factors := choice.narrowing.factors(site.narrowed, name)) is not None:
+                tensors[name] = narrow_rows(tensor, factors)
+            elif site.in_place:
                 tensors[name] = clear(tensor, site.idle(name, choice.keep), axis)
             else:
                 tensors[name] = cut(tensor, site.rows(name, choice.keep, tensor.shape[axis]), axis)

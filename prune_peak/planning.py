@@ -2,10 +2,14 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from .budget import Widths
 from .calibration import Observed
+from .narrowing import Narrowing, narrow
 from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
 from .selection import AUTO, FILLS, Choice, choose_fill, lost_share, select
 from .source import Source
@@ -21,6 +25,7 @@ class Decision:
     fill: str
     lost: float  # share of the site's weighted deviation from the fill that the cut neurons had
     refit: Refit | None = None  # None without the refit
+    scores_lost: float | None = None  # where heads get narrower: share of the variance of their attention scores
 
 
 def choose(
@@ -45,12 +50,31 @@ def choose(
         assert evidence is not None
         errors = {name: output_error(weight, bias, choice, evidence.held_out) for name, choice in choices.items()}
         best = min(errors, key=lambda name: errors[name])
-    lost = lost_share(summary, choices[best], weight)
-    if not refit:
-        return Decision(choices[best], best, lost)
-    assert evidence is not None
-    choice, fitted = refit_best(weight, bias, choices[best], evidence)
-    return Decision(choice, best, lost, fitted)
+    decision = Decision(choices[best], best, lost_share(summary, choices[best], weight))
+    if refit:
+        assert evidence is not None
+        choice, fitted = refit_best(weight, bias, decision.choice, evidence)
+        decision = replace(decision, choice=choice, refit=fitted)
+    if site.narrowed:
+        narrowing, lost = narrow_heads(observed, kept)
+        decision = replace(decision, choice=replace(decision.choice, narrowing=narrowing), scores_lost=lost)
+    return decision
+
+
+def narrow_heads(observed: Observed, kept: int) -> tuple[Narrowing, float]:
+    """Queries and keys of as many dimensions as `kept` neurons leave every head; and the share of the scores lost."""
+    heads = observed.site.groups
+    queries, keys = observed.narrowed
+    means = queries.mean.view(heads, -1)
+    seconds = _by_head(queries.covariance, heads) + means[:, :, None] * means[:, None, :]
+    return narrow(seconds, _by_head(keys.covariance, heads), kept // heads)
+
+
+def _by_head(matrix: Tensor, heads: int) -> Tensor:
+    """The blocks of one head each, (heads, head_dim, head_dim) float64."""
+    head_dim = len(matrix) // heads
+    blocks = matrix.view(heads, head_dim, heads, head_dim)
+    return torch.stack([blocks[head, :, head] for head in range(heads)]).double()
 
 
 def choose_split(

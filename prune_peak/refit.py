@@ -157,7 +157,7 @@ def eliminate(site: Site, weight: Tensor, moments: Moments, kept: int) -> Tensor
         weight: (hidden, neurons).
         moments: of the neurons.
     """
-    if site.unit > 1:
+    if site.unit > 1 or site.groups > 1:
         return _eliminate_units(site, weight, moments.covariance, kept)
     second_moments = moments.covariance.diagonal() + moments.mean.float().square()
     norms = weight.float().square().sum(0) * second_moments
@@ -190,13 +190,11 @@ def _eliminate_units(site: Site, weight: Tensor, covariance: Tensor, kept: int) 
     each = len(units) // site.groups
     may_leave = [each - kept // (site.unit * site.groups)] * site.groups
     for _ in range(sum(may_leave)):
-        losses = {}
-        for number in sorted(left):
-            if may_leave[number // each]:
-                members = units[number]
-                columns = weight[:, members]
-                losses[number] = (torch.linalg.solve(inverse[members][:, members], columns.T) * columns.T).sum().item()
-        worst = min(losses, key=lambda number: losses[number])
+        numbers = [number for number in sorted(left) if may_leave[number // each]]
+        members = units[numbers]
+        columns = weight.T[members]  # (units, neurons of a unit, hidden)
+        blocks = inverse[members[:, :, None], members[:, None, :]]
+        worst = numbers[(torch.linalg.solve(blocks, columns) * columns).sum((1, 2)).argmin()]
         out = units[worst]
         gain = torch.linalg.solve(inverse[out][:, out], inverse[out])
         weight -= weight[:, out] @ gain

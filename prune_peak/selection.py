@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import PrunePeakError, UsageError
+from .narrowing import Narrowing
 from .sites import Site
 from .stats import Summary
 
@@ -26,6 +27,7 @@ class Choice:
     fill: Tensor  # (neurons,) float32
     weight: Tensor | None = None  # (hidden, kept), the refitted reader, where it was refitted
     bias: Tensor | None = None  # (hidden,)
+    narrowing: Narrowing | None = None  # of queries and keys, where the heads themselves get narrower
 
 
 def kept_width(width: int, ratio: float, step: int) -> int:

@@ -43,6 +43,7 @@ class Site:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in place: what of the heads a tensor makes,
     by_group: bool = False  # and whether KV group by KV group
     heads: tuple[int, int, int] = (1, 1, 1)  # KV groups, heads of each, neurons of each head
+    narrowed: tuple[str, ...] = ()  # paths of the modules of queries and keys, where heads get narrower
 
     @property
     def weight(self) -> str:
@@ -127,9 +128,10 @@ def find_sites(
             raise UsageError(f"--sites {kind}: expected {', '.join(KINDS)}, or both with a comma between.")
     if unit not in UNITS:
         raise UsageError(f"--unit {unit}: expected one of {', '.join(UNITS)}.")
-    if unit == NEURON and "attention" in kinds and not keep_shape:
+    if unit == NEURON and "attention" in kinds and not keep_shape and not (family.attention and family.attention.plain):
         raise UsageError(
-            f"--unit {NEURON} leaves heads of different widths, which no stock class can hold. Cut whole heads, or "
+            f"--unit {NEURON} makes heads narrower, for which queries and keys must meet as they are; in "
+            f"{family.model_type} they are turned or normed first, or no stock class can hold it. Cut whole heads, or "
             "fold in place, at the same size (--keep-shape)."
         )
     path = blocks_path(model, family)
@@ -218,6 +220,23 @@ def _find_attention(model: PreTrainedModel, attention: Attention, block: str, in
     pairs, each, head_dim = _measure_heads(model, attention, block)
     heads = pairs * each
     cuts = {f"{name}.weight": 0 if transposed else 1} | _rows_of(model, f"{block}.{attention.query}")
+    if unit == NEURON:
+        keys = _rows_of(model, f"{block}.{attention.key}")
+        return Site(
+            "attention",
+            index,
+            name,
+            neurons,
+            hidden,
+            cuts | keys | _rows_of(model, f"{block}.{attention.value}"),
+            transposed,
+            {"num_attention_heads": heads, "head_dim": head_dim},
+            frozenset({"head_dim"}),
+            constants=f"{name}.bias",
+            bias_key=attention.bias_key,
+            groups=heads,
+            narrowed=(f"{block}.{attention.query}", f"{block}.{attention.key}"),
+        )
     proportional = {"num_attention_heads"}
     pairs_leave = unit == GROUP or pairs == heads
     if pairs_leave:

@@ -192,7 +192,7 @@ def test_attention_of_opt_is_folded_in_place(tmp_path: Path, text: Path) -> None
 
 
 BAD = {
-    "single neurons of attention": (["--sites", "attention", "--unit", "neuron"], 2, "heads of different widths"),
+    "single neurons of attention": (["--sites", "attention", "--unit", "neuron"], 2, "makes heads narrower"),
     "a target in place": (["--keep-shape", "--target-params", "0.8"], 2, "pass one of"),
     "unknown folder": (["--model", "nowhere/at-all"], 1, "nowhere/at-all"),
     "ratio 0": (["--ratio", "0"], 2, "between 0 and 1"),

@@ -1,11 +1,11 @@
 """The law: the written checkpoint computes what the original computes with its cut neurons held at their fills."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import BY_NAME, MORE_HEADS, TINY, VISION, VOCABULARY, Tiny, random_inputs
 from transformers import (
     AutoModel,
@@ -23,11 +23,12 @@ from prune_peak.ablation import ablated
 from prune_peak.blocks import Batch
 from prune_peak.calibration import calibrate, into_batches
 from prune_peak.errors import PrunePeakError
-from prune_peak.evaluation import FLOAT32_BOUND, Outputs
-from prune_peak.export import PLAN_FILE, Export
+from prune_peak.evaluation import FLOAT32_BOUND, Outputs, read_plan
+from prune_peak.export import Export
 from prune_peak.families import FAMILIES
 from prune_peak.hosts import choose_target, lay_out
-from prune_peak.selection import Choice, select
+from prune_peak.planning import narrow_heads
+from prune_peak.selection import select
 from prune_peak.sites import Site, cuttable_kinds, find_sites
 from prune_peak.source import Source, open_source
 
@@ -65,7 +66,10 @@ def cut_tiny(
         for observed in calibrate(source, target.sites, batches, torch.float32):
             weight = observed.site.as_matrix(source.read(observed.site.weight))
             site, summary = observed.site, observed.stats.summarize()
-            export.write_site(site, select(site, summary, weight, kept[site.kind], fill))
+            choice = select(site, summary, weight, kept[site.kind], fill)
+            if site.narrowed:
+                choice = replace(choice, narrowing=narrow_heads(observed, kept[site.kind])[0])
+            export.write_site(site, choice)
         export.finish()
     return source
 
@@ -85,12 +89,6 @@ def load(folder: Path, head: str, dtype: torch.dtype = torch.float32) -> PreTrai
     model, info = auto.from_pretrained(folder, output_loading_info=True, dtype=dtype)
     assert not any(info.values()), info
     return model.eval()
-
-
-def read_plan(folder: Path) -> dict[str, Choice]:
-    tensors = load_file(folder / PLAN_FILE)
-    sites = {name.rsplit(".", 1)[0] for name in tensors}
-    return {site: Choice(tensors[f"{site}.keep"], tensors[f"{site}.fill"]) for site in sites}
 
 
 @torch.inference_mode()
@@ -139,6 +137,7 @@ NARROWER = [
 ONE_GROUP = ("llama-one-group", "falcon-7b", "falcon-7b-biased-untied", "gemma-wide-heads")
 CASES = [(tiny, MLP, "head", fill) for tiny in ALL for fill in ("mean", "peak")]
 CASES += [(tiny, ATTENTION, "head", "mean") for tiny in NARROWER]
+CASES += [(tiny, ATTENTION, "neuron", "mean") for tiny in NARROWER if tiny.family in VISION and tiny in TINY]
 CASES += [
     (tiny, BOTH, "head" if tiny.name in ONE_GROUP else "group", "peak")
     for tiny in NARROWER

@@ -12,7 +12,7 @@ from prune_peak.stats import Stats
 def site_of(neurons: int, unit: int = 1, groups: int = 1) -> Site:
     """A site without a model."""
     kind = "mlp" if unit == 1 else "attention"
-    return Site(kind, 0, "reader", neurons, 6, {}, False, {}, frozenset(), unit=unit, groups=groups)
+    return Site(kind, 0, "reader", neurons, 6, {}, False, {}, frozenset(), "reader.bias", unit=unit, groups=groups)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_heads_leave_whole_and_as_many_of_every_group() -> None:
     assert width_step(site) == 6
     scores = torch.tensor([5.0, 1, 0, 0, 2, 2, 9, 0, *[0.0] * 8, 1, 1, 0, 0, 3, 0, 0, 5])
     assert keep_best(site, scores, 12).tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
-    assert site.rows(torch.tensor([0, 1, 6, 7]), 12).tolist() == [0, 3]  # a tensor with half as many rows
+    assert site.rows("keys", torch.tensor([0, 1, 6, 7]), 12).tolist() == [0, 3]  # a tensor with half as many rows
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1, math.nan, math.inf])
