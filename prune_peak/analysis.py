@@ -19,11 +19,13 @@ from .curves import is_carried, mean_and_error
 from .distributions import REST, Distribution, Move, Neuron, compare, describe, find_striking, measure_distributions
 from .errors import PrunePeakError, UsageError
 from .evaluation import has_exam, set_exam
+from .images import choose_images
+from .material import split_windows
 from .pictures import MISSING, can_draw, draw_blocks, draw_heads, draw_histograms, draw_moves
 from .report import Section, write_report
 from .sites import KINDS, Site
 from .source import Source, open_source
-from .study import SEEDS, Bench, find_studied, load_whole, split_windows, summarize
+from .study import SEEDS, Bench, find_studied, load_whole, summarize
 from .tables import write_table
 from .texts import SELF, SEQUENCE_LENGTH, Windows, window_length
 
@@ -72,7 +74,7 @@ def analyze(
     Args:
         model: a folder or a Hub id.
         output: the folder to write; `./<name>-analysis` by default.
-        texts: .txt or .jsonl files, Hub data sets, or "self" for text that the model writes itself.
+        texts: .txt or .jsonl files, folders of images, Hub data sets, or "self" for text that the model writes itself.
         neurons: further neurons to draw, as "mlp:3:17" (kind of site, block, neuron).
         samples, sequence_length: windows of each text to measure on, and their tokens.
         windows: others of each text to evaluate on, with several texts.
@@ -100,9 +102,11 @@ def analyze(
     folder = Path(output) if output is not None else Path(f"{name}-analysis")
     if folder.exists() and not force:
         raise PrunePeakError(f"{folder} exists; pass --force to write into it, or choose another --output.")
-    length = window_length(source, sequence_length)
+    if SELF in texts and not source.blank.can_generate():
+        raise PrunePeakError(f"{source.name} writes no text of its own; pass a text or a folder of images with --text.")
+    length = None if source.sees_images else window_length(source, sequence_length)
     turns = 2 if len(texts) > 1 else 1  # with several texts, each is measured on twice: how far do two samples differ?
-    splits = {_label(text): split_windows(source, text, turns * samples, windows, length, seed) for text in texts}
+    splits = {_label(text): _split(source, text, turns * samples, windows, length, seed) for text in texts}
     if len(splits) < len(texts):
         raise UsageError("--text: two texts have the same name; expected different ones.")
     compute = DTYPES[dtype or default_dtype(source)]
@@ -143,6 +147,12 @@ def analyze(
 
 def _label(text: str) -> str:
     return "the model's own text" if text == SELF else Path(text).name
+
+
+def _split(source: Source, text: str, measured: int, scored: int, length: int | None, seed: int) -> Windows:
+    if length is None:
+        return choose_images(text, source, measured, seed)
+    return split_windows(source, text, measured, scored, length, seed)
 
 
 def _find_neuron(sites: Sequence[Site], wanted: str) -> Neuron:
@@ -253,11 +263,12 @@ def _report(
     else:
         log.warning(MISSING)
     protocol = analysis.protocol
+    samples, length = protocol["windows"], protocol["sequence_length"]
     sections = [
         Section(
             "What was measured",
             f"{protocol['class']} {protocol['model']}, {protocol['dtype']}, on {', '.join(protocol['texts'])}: "
-            f"{protocol['windows']} windows of {protocol['sequence_length']} tokens each.",
+            + (f"{samples} windows of {length} tokens each." if length else f"{samples} images each."),
         ),
         *(
             Section(path.removesuffix(".png").replace("-", " ").capitalize(), words, picture=folder / path)

@@ -365,8 +365,13 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
 @click.option("--seeds", default=3, show_default=True, help="Random choices of neurons; a ranked study has one.")
 @calibration_option
 @click.option("--text", metavar="FILE", help="Text to evaluate on.  [default: other windows of the calibration]")
+@click.option(
+    "--images",
+    metavar="FOLDER",
+    help="Labelled images to evaluate on, FOLDER/<label>/<image>; without --calibration, others of them calibrate.",
+)
 @click.option("--samples", default=8, show_default=True, help="Windows (or images) of calibration.")
-@click.option("--windows", type=int, help="Windows of evaluation, never the same.  [default: as many as --samples]")
+@click.option("--windows", type=int, help="As many of evaluation, never the same.  [default: as --samples]")
 @computing_options
 @revision_option
 @click.option("--force", is_flag=True, help="Begin anew where the folder holds another study.")
@@ -484,8 +489,9 @@ def push(folder: Path, repo_id: str, as_json: bool, quiet: bool, **options: Any)
     "--text",
     "texts",
     multiple=True,
-    metavar="self|FILE.txt|FILE.jsonl|DATASET",
-    help="Text to measure on; several are compared with each other. Repeatable.  [default: self, the model's own text]",
+    metavar="self|FILE.txt|FILE.jsonl|IMAGES|DATASET",
+    help="Text (or folder of images) to measure on; several are compared with each other. Repeatable.  "
+    "[default: self, the model's own text]",
 )
 @click.option(
     "--neuron",
@@ -693,7 +699,8 @@ def _print_study(study: "Study") -> None:
         click.echo(f"  {site}: {better} below {', '.join(w for s, b, w in carried if (s, b) == (site, better))}")
     if not carried:
         click.echo("  none")
-    windows = f"{protocol['windows']} windows of {protocol['sequence_length']} tokens of {protocol['text']}"
+    length = protocol["sequence_length"]
+    windows = f"{protocol['windows']} {f'windows of {length} tokens' if length else 'images'} of {protocol['text']}"
     seeds = len(protocol["seeds"])
     click.echo(f"{windows}, {seeds} seed{'s' * (seeds > 1)}, {protocol['dtype']}. Written to {study.output}.")
 

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,16 @@ from .calibration import calibrate, default_dtype, into_batches
 from .cells import INTACT, Cell, CellFile
 from .compression import DTYPES
 from .curves import Curve, compare_areas, draw_curves, is_carried, mean_and_error
-from .errors import PrunePeakError, UsageError
-from .evaluation import Exam, Grades, grade, has_exam, set_exam
+from .errors import UsageError
+from .evaluation import Exam, Grades, grade
+from .material import find_material
 from .pictures import MISSING, can_draw, draw_degradation
 from .selection import RANDOM, SCORES, Choice, choose_fill
 from .sites import KINDS, NEURON, Site, find_sites
 from .source import Source, open_source
 from .stats import Summary
 from .tables import write_table
-from .texts import SELF, SEQUENCE_LENGTH, Windows, choose_windows, own_windows, window_length
+from .texts import SELF, SEQUENCE_LENGTH
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def ablate(
     seeds: int = SEEDS,
     calibration: str = SELF,
     text: str | None = None,
+    images: str | None = None,
     samples: int = WINDOWS,
     windows: int | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
@@ -93,10 +94,12 @@ def ablate(
         select: "random", or "ranked": those go first whose `score` is lowest.
         score: a name of `SCORES`; with the default, variance, all fills hold the same neurons.
         seeds: how many random choices of neurons; a ranked study has one.
-        calibration: a .txt or .jsonl file, a Hub data set, or "self" for text that the model writes itself.
+        calibration: a .txt or .jsonl file, a folder of images, a Hub data set, or "self" for text that the model writes
+            itself (a model that sees images: for others of `images`).
         text: a text to evaluate on; by default, other windows of the calibration.
-        samples, sequence_length: windows of calibration, and their tokens.
-        windows: windows of evaluation, never the same; as many as of calibration by default.
+        images: for a model that sees images, the labelled ones to evaluate on, `FOLDER/<label>/<image>`.
+        samples, sequence_length: windows (or images) of calibration, and the tokens of a window.
+        windows: windows (or images) of evaluation, never the same; as many as of calibration by default.
         dtype: the type to compute in.
         seed: the first of the seeds, and that of all else that is drawn at random.
         force: begin anew where the output holds the cells of another question.
@@ -112,30 +115,26 @@ def ablate(
     _check_options(fills, fractions, select, score, dtype, seeds, samples, windows)
     seeds = 1 if select == RANKED else seeds
     source = open_source(model, revision)
-    if not has_exam(source):
-        raise PrunePeakError(
-            f"{source.name} is a {source.model_class.__name__}: it predicts nothing that can be scored."
-        )
     studied = find_studied(source, sites)
     compute = dtype or default_dtype(source)
-    length = window_length(source, sequence_length)
-    measured = split_windows(source, calibration, samples, windows or samples, length, seed)
-    scored = measured if text is None else split_windows(source, text, samples, windows or samples, length, seed)
+    material = find_material(source, calibration, text or images, samples, windows or samples, sequence_length, seed)
+    exam = material.exam
     name = Path(model).resolve().name
     protocol: dict[str, Any] = {
         "model": name,
         "class": source.model_class.__name__,
         "digest": source.digest,
-        "calibration": measured.source,
-        "text": scored.source,
-        "calibration_windows": len(measured.calibration),
-        "windows": len(scored.held_out),
-        "sequence_length": length,
+        "metric": exam.metric,
+        "calibration": material.source,
+        "text": exam.text,
+        "calibration_windows": len(material.calibration),
+        "windows": sum(len(part) for part in exam.targets),
+        "sequence_length": None if source.sees_images else exam.targets[0].shape[1],
         "dtype": compute,
         "select": select,
         "score": score if select == RANKED else None,
     }
-    question = protocol | {"calibration_digest": measured.digest, "text_digest": scored.held_out_digest}
+    question = protocol | material.digests
     seed_list = range(seed, seed + seeds)
     cells = [INTACT] + [
         Cell(site, fill, fraction, number)
@@ -151,8 +150,7 @@ def ablate(
         if len(missing) < len(cells):
             log.warning("%d of %d cells were there already.", len(cells) - len(missing), len(cells))
         if missing:
-            summaries = summarize(source, studied, measured.calibration, DTYPES[compute])
-            exam = set_exam(source, scored.held_out, scored.source)
+            summaries = summarize(source, studied, material.calibration, DTYPES[compute])
             whole = load_whole(source, DTYPES[compute])
             bench = Bench(whole, studied, summaries, exam, score if select == RANKED else None)
             for cell in tqdm(missing, desc="ablate", unit="cell"):
@@ -205,32 +203,6 @@ def _check_options(
             raise UsageError(f"--{name} {count}: expected at least one.")
 
 
-def split_windows(source: Source, name: str, measured: int, scored: int, length: int, seed: int) -> Windows:
-    """Windows of a text to calibrate on, and others of it, held out, to evaluate on.
-
-    One text, asked twice, is split the same way, so the two parts never meet.
-
-    Raises:
-        PrunePeakError: the text has no two windows.
-    """
-    wanted = measured + scored
-    draw = own_windows if name == SELF else partial(choose_windows, name)
-    windows = draw(source, wanted, length, seed)
-    found = len(windows.calibration)
-    if found < 2:
-        raise PrunePeakError(
-            f"{name} gives {found} window of {length} tokens; expected 2 at least, to calibrate on one and evaluate on "
-            "another. Pass a longer text or a smaller --sequence-length."
-        )
-    if found < wanted:
-        scored = min(scored, found // 2)
-        measured = min(measured, found - scored)
-        log.warning("%s gives %d windows of %d tokens; %d are for evaluation.", name, found, length, scored)
-    order = torch.randperm(found, generator=torch.Generator().manual_seed(seed))
-    first, second = order[:measured].sort().values, order[measured : measured + scored].sort().values
-    return Windows(windows.source, windows.calibration[first], windows.calibration[second])
-
-
 def find_studied(source: Source, kinds: Sequence[str] = KINDS) -> list[Site]:
     """The sites whose neurons a study holds, one by one, whatever shapes a checkpoint could have."""
     return find_sites(source.blank, source.family, kinds, NEURON, keep_shape=True)
@@ -245,6 +217,7 @@ def summarize(source: Source, sites: Sequence[Site], windows: Tensor, dtype: tor
 def load_whole(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model with all its weights, by transformers."""
     model: PreTrainedModel = source.model_class.from_pretrained(source.folder, dtype=dtype).eval()
+    model.config.use_cache = False
     return model
 
 
@@ -268,7 +241,7 @@ class Bench:
         self.sites = sites
         self.summaries = summaries
         self.score = score
-        self._batches = list(_gather(exam))
+        self.batches = list(_gather(exam))
 
     def measure(self, cell: Cell) -> Grades:
         """Cross-entropy and top-1 under a cell's hooks, window by window."""
@@ -278,7 +251,7 @@ class Bench:
     @torch.inference_mode()
     def take_exam(self) -> Grades:
         """The model as it stands, under whatever hooks it has."""
-        grades = [grade(self.model(**batch).logits, targets) for batch, targets in self._batches]
+        grades = [grade(self.model(**batch).logits, targets) for batch, targets in self.batches]
         return Grades(torch.cat([part.losses for part in grades]), torch.cat([part.hits for part in grades]))
 
     def _hold(self, cell: Cell) -> AbstractContextManager[None]:

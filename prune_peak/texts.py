@@ -36,10 +36,6 @@ class Windows:
     def digest(self) -> str:
         return hashlib.sha256(self.calibration.numpy().tobytes()).hexdigest()
 
-    @property
-    def held_out_digest(self) -> str:
-        return hashlib.sha256(self.held_out.numpy().tobytes()).hexdigest()
-
 
 def held_out_count(samples: int) -> int:
     """Windows kept apart for the perplexity before and after: a twelfth, one to eight."""

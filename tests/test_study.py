@@ -18,10 +18,12 @@ from prune_peak.cli import main
 from prune_peak.curves import CROSS_ENTROPY, Curve, is_carried, mean_and_error
 from prune_peak.errors import PrunePeakError, UsageError
 from prune_peak.evaluation import PERPLEXITY, Exam, Grades, read_plan, set_exam, take_exam
+from prune_peak.material import find_material, split_windows
 from prune_peak.selection import Choice
 from prune_peak.sites import KINDS, find_sites
-from prune_peak.source import open_source
-from prune_peak.study import STUDIED_FILLS, Bench, ablate, find_studied, load_whole, split_windows, summarize
+from prune_peak.source import IMAGES, open_source
+from prune_peak.study import STUDIED_FILLS, Bench, ablate, find_studied, load_whole, summarize
+from prune_peak.texts import SELF
 
 LLAMA = str(EXAMPLES / "llama-mini")
 SMALL: dict[str, Any] = {"samples": 2, "sequence_length": 48, "seeds": 2, "fractions": (0.0, 0.5)}
@@ -320,3 +322,30 @@ def test_without_matplotlib_the_tables_are_written(
     assert (tmp_path / "study" / "measurements.csv").is_file()
     assert not (tmp_path / "study" / "degradation.png").exists()
     assert [record.message for record in caplog.records if "[plots]" in record.message]
+
+
+VIT, DIGITS = str(EXAMPLES / "vit-mini"), EXAMPLES / "digits"
+
+
+def test_an_image_classifier_is_examined_on_labels(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"fills": ["zero", "resample"], "fractions": (0.6,), "seeds": 1, "samples": 20}
+    study = ablate(VIT, tmp_path / "study", images=str(DIGITS / "held-out"), windows=40, **options)
+    assert (study.protocol["metric"], study.protocol["windows"]) == ("image accuracy", 40)
+    rows = {(row["site"], row["fill"], row["fraction"]): row for row in study.measurements}
+    assert rows["mlp", "zero", 0.0]["top1"] > 0.8
+    assert rows["mlp", "resample", 0.6]["cross_entropy"] > rows["mlp", "resample", 0.0]["cross_entropy"]
+    with pytest.raises(PrunePeakError, match="pass a folder of labelled ones with --images"):
+        ablate(VIT, tmp_path / "other")
+
+
+def test_no_image_is_both_calibrated_on_and_examined_by() -> None:
+    source = open_source(VIT)
+    for calibration in (SELF, str(DIGITS / "held-out")):
+        material = find_material(source, calibration, str(DIGITS / "held-out"), 50, 60, 0, 0)
+        parts = [
+            {image.numpy().tobytes() for image in part}
+            for part in (material.calibration, material.exam.batches[0][IMAGES])
+        ]
+        assert len(parts[0]) == 50
+        assert len(parts[1]) == 60
+        assert not parts[0] & parts[1]
