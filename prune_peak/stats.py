@@ -18,6 +18,9 @@ from torch import Tensor
 
 BINS = 256
 RANGE = (0.02, 0.98)  # quantiles of the first batch that the bins span; beyond, tokens are counted in the end bins
+REACH = (
+    10  # times the distance of the quartiles that they span at most, beyond those: attention sinks can be 3 % of tokens
+)
 PILOT = 1024  # tokens of the first batch that fix the edges
 POINT_MASS = 0.1  # a value that this share of the tokens has exactly is the peak
 HISTOGRAM_TOKENS = 8192  # enough for the stated error; more buys little
@@ -126,7 +129,12 @@ class Stats:
         first = values[:: max(1, len(values) // PILOT)].T.contiguous()
         ordered = torch.from_numpy(numpy.sort(first.numpy(), axis=1))  # eight times as fast as torch's
         last = ordered.shape[1] - 1
-        low, middle, high = (ordered[:, round(last * at)] for at in (RANGE[0], 0.5, RANGE[1]))
+        low, quarter, middle, three, high = (
+            ordered[:, round(last * at)] for at in (RANGE[0], 0.25, 0.5, 0.75, RANGE[1])
+        )
+        reach = REACH * (three - quarter)
+        reach[reach == 0] = torch.inf  # most tokens are alike, as after ReLU
+        low, high = torch.maximum(low, quarter - reach), torch.minimum(high, three + reach)
         self.pivot = middle
         self.width = (high - low) / BINS
         self.low = low

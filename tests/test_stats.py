@@ -34,6 +34,13 @@ def with_outlier(tokens: int) -> Tensor:
     return values
 
 
+def with_sinks(tokens: int) -> Tensor:
+    """The first token of every window of 32 is an attention sink, 3 % of all."""
+    values = normal(tokens)
+    values[::32] = 3000
+    return values
+
+
 # name: sampler, its mode, bound
 TRUTHS: dict[str, tuple[Sampler, float, float]] = {
     "normal": (normal, 0.0, SMOOTH_BOUND),
@@ -50,6 +57,7 @@ TRUTHS: dict[str, tuple[Sampler, float, float]] = {
     ),
     "heavy tails": (lambda n: normal(n) * torch.nn.functional.silu(normal(n)), 0.0, SMOOTH_BOUND),
     "one outlier of a thousand": (with_outlier, 0.0, SMOOTH_BOUND),
+    "attention sinks": (with_sinks, 0.0, SMOOTH_BOUND),
     "float16": (lambda n: normal(n).half(), 0.0, SMOOTH_BOUND),
     "tiny float16": (lambda n: (normal(n) * 1e-4).half(), 0.0, SMOOTH_BOUND),
     "exponential": (lambda n: torch.rand(n, NEURONS).log().neg(), 0.0, EDGE_BOUND),
