@@ -23,7 +23,7 @@ from .images import choose_images
 from .material import split_windows
 from .pictures import MISSING, can_draw, draw_blocks, draw_heads, draw_histograms, draw_moves
 from .report import Section, write_report
-from .sites import KINDS, Site
+from .sites import Site
 from .source import Source, open_source
 from .study import SEEDS, Bench, find_studied, load_whole, summarize
 from .tables import write_table
@@ -244,15 +244,16 @@ def _report(
     folder = analysis.output
     drawn: dict[str, str] = {}
     if can_draw():
-        for kind in KINDS:
+        for kind in dict.fromkeys(each.site.kind for each in measured):
             shown = [neuron for neuron in asked if neuron.site.kind == kind] + find_striking(measured, kind)
             drawn[f"histograms-{kind}.png"] = (
                 f"Histograms of {kind} neurons, typical and extreme ones, over all tokens but a window's first. The "
                 "two end bins, which hold everything beyond, are left out."
             )
             draw_histograms(shown, measured, folder / f"histograms-{kind}.png")
-        drawn["heads.png"] = "Attention heads by block: medians over the neurons of a head."
-        draw_heads(measured, folder / "heads.png")
+        if any(each.site.kind == "attention" for each in measured):
+            drawn["heads.png"] = "Attention heads by block: medians over the neurons of a head."
+            draw_heads(measured, folder / "heads.png")
         drawn["blocks.png"] = "MLP neurons by block: how many lie where. A column adds up to 1."
         draw_blocks(measured, folder / "blocks.png")
         if moves:

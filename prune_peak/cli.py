@@ -347,7 +347,9 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
     type=click.FloatRange(0, 1),
     help="Share of the neurons of every site that is held. Repeatable.  [default: 0, 0.1 ... 0.9]",
 )
-@click.option("--sites", type=Kinds(), help="mlp or attention; one after the other.  [default: mlp,attention]")
+@click.option(
+    "--sites", type=Kinds(), help="mlp or attention; one after the other.  [default: all that the family has]"
+)
 @click.option(
     "--select",
     type=click.Choice(["random", "ranked"]),

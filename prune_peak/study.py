@@ -28,7 +28,7 @@ from .evaluation import Exam, Grades, grade
 from .material import find_material
 from .pictures import MISSING, can_draw, draw_degradation
 from .selection import RANDOM, SCORES, Choice, choose_fill
-from .sites import KINDS, NEURON, Site, find_sites
+from .sites import KINDS, NEURON, Site, cuttable_kinds, find_sites
 from .source import Source, open_source
 from .stats import Summary
 from .tables import write_table
@@ -65,7 +65,7 @@ def ablate(
     *,
     fills: Sequence[str] = STUDIED_FILLS,
     fractions: Sequence[float] = FRACTIONS,
-    sites: Sequence[str] = KINDS,
+    sites: Sequence[str] | None = None,
     select: str = RANDOM,
     score: str = "variance",
     seeds: int = SEEDS,
@@ -90,7 +90,8 @@ def ablate(
         output: the folder to write; `./<name>-ablation` by default.
         fills: of zero, mean, median, peak and resample (the neuron's value for another token).
         fractions: of the neurons of every site that are held, from 0 to 1.
-        sites: "mlp", "attention", or both; one kind is held at a time, in all blocks.
+        sites: "mlp", "attention", or both (the default, where the family's row knows both); one kind is held at a time,
+            in all blocks.
         select: "random", or "ranked": those go first whose `score` is lowest.
         score: a name of `SCORES`; with the default, variance, all fills hold the same neurons.
         seeds: how many random choices of neurons; a ranked study has one.
@@ -115,6 +116,7 @@ def ablate(
     _check_options(fills, fractions, select, score, dtype, seeds, samples, windows)
     seeds = 1 if select == RANKED else seeds
     source = open_source(model, revision)
+    sites = sites or cuttable_kinds(source.family, keep_shape=True)
     studied = find_studied(source, sites)
     compute = dtype or default_dtype(source)
     material = find_material(source, calibration, text or images, samples, windows or samples, sequence_length, seed)
@@ -203,8 +205,9 @@ def _check_options(
             raise UsageError(f"--{name} {count}: expected at least one.")
 
 
-def find_studied(source: Source, kinds: Sequence[str] = KINDS) -> list[Site]:
-    """The sites whose neurons a study holds, one by one, whatever shapes a checkpoint could have."""
+def find_studied(source: Source, kinds: Sequence[str] | None = None) -> list[Site]:
+    """The sites whose neurons a study holds, one by one, whatever shapes a checkpoint could have; all, by default."""
+    kinds = kinds or cuttable_kinds(source.family, keep_shape=True)
     return find_sites(source.blank, source.family, kinds, NEURON, keep_shape=True)
 
 
