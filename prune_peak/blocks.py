@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import PrunePeakError
 from .sites import blocks_path, find_blocks
 from .source import Source
 
@@ -38,8 +39,10 @@ class Seen(Exception):  # noqa: N818 - it tells no mistake
 class Recorder(nn.Module):
     """Stands in for a block: keeps what it is called with and answers with the hidden states it got, or was given."""
 
-    def __init__(self, in_tuple: bool | None) -> None:
+    def __init__(self, block: nn.Module, in_tuple: bool | None) -> None:
         super().__init__()
+        # what a model asks its blocks about themselves, such as ModernBERT whether their attention is windowed
+        vars(self).update({name: value for name, value in vars(block).items() if not name.startswith("_")})
         self.in_tuple = in_tuple  # whether the block answers with a tuple, hidden states first; None to stop instead
         self.hidden: Tensor | None = None
         self.call: Call | None = None
@@ -120,6 +123,11 @@ class BlockStream:
                 body(**batch)
                 assert recorders[0].hidden is not None
                 self._hidden.append(recorders[0].hidden)
+                if any(recorder.hidden is not recorders[0].hidden for recorder in recorders):
+                    raise PrunePeakError(
+                        f"{self.source.name} changes the hidden states between its blocks (as DeBERTa's convolution "
+                        "does), so it cannot be run block by block."
+                    )
                 for recorder, list_ in zip(recorders, calls, strict=True):
                     assert recorder.call is not None
                     list_.append(recorder.call)
@@ -152,7 +160,7 @@ class BlockStream:
 
     @contextmanager
     def _recording(self) -> Iterator[list[Recorder]]:
-        recorders = [Recorder(self._in_tuple) for _ in self._blocks]
+        recorders = [Recorder(block, self._in_tuple) for block in self._blocks]
         modules = find_blocks(self.model, self.source.family)
         for index, recorder in enumerate(recorders):
             modules[index] = recorder

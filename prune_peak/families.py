@@ -96,6 +96,20 @@ FAMILIES = {
         Family("deit", "layers", VIT_MLP, VIT_ATTENTION),
         Family("dinov2", "encoder.layer", replace(VIT_MLP, width_key="mlp_ratio"), VIT_ATTENTION),
         Family(
+            "deberta-v2",
+            "encoder.layer",
+            BERT_MLP,
+            Attention(
+                "attention.self.query_proj",
+                "attention.self.key_proj",
+                "attention.self.value_proj",
+                "attention.output.dense",
+                fixed=True,
+            ),
+            # of the published DeBERTa-v3: its heads of pretraining, which no stock class has
+            leftovers=(r"^lm_predictions\.", r"^mask_predictions\."),
+        ),
+        Family(
             "distilbert",
             "transformer.layer",
             MLP(("ffn.lin1",), "ffn.lin2", "hidden_dim"),
@@ -138,6 +152,12 @@ FAMILIES = {
         # Llama itself refuses heads that do not divide the hidden size
         Family("llama", "layers", LLAMA_MLP, LLAMA_ATTENTION, ("granite",)),
         Family("mistral", "layers", LLAMA_MLP, LLAMA_ATTENTION, LLAMA_HOSTS),
+        Family(
+            "modernbert",
+            "layers",
+            MLP(("mlp.Wi",), "mlp.Wo", "intermediate_size", "mlp_bias"),
+            Attention("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "attention_bias", fixed=True),
+        ),
         Family("olmo", "layers", LLAMA_MLP, LLAMA_ATTENTION),
         # their norms of queries and keys span all heads
         Family("olmo2", "layers", LLAMA_MLP),

@@ -266,10 +266,11 @@ def _find_family(raw: dict[str, Any], folder: Path) -> Family:
 
 
 def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedModel]:
-    """The stock class that a config names first; a causal LM where it names none."""
+    """The stock class that a config names first; where it names none, a causal LM, or the body if there is none."""
     found: Any = getattr(transformers, str(architectures[0]), None) if architectures else None
     if not architectures:
-        found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        found = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING if causal else transformers.MODEL_MAPPING)[type(config)]
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     if not is_model or found.config_class is not type(config):
         raise PrunePeakError(

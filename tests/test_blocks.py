@@ -8,6 +8,7 @@ from tiny import TINY, VOCABULARY, Tiny, random_inputs
 
 from prune_peak.blocks import BlockStream
 from prune_peak.calibration import calibrate, into_batches
+from prune_peak.errors import PrunePeakError
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
 from prune_peak.stats import Stats
@@ -30,6 +31,13 @@ def test_stream_equals_the_whole_forward(tiny: Tiny, tmp_path: Path) -> None:
         for batch, output in zip(batches, stream.outputs(), strict=True):
             assert torch.equal(output[0], model(**batch)[0])
     assert all(parameter.is_meta for parameter in stream.model.parameters()), "weights stayed in memory"
+
+
+def test_a_convolution_between_blocks_is_refused(tmp_path: Path) -> None:
+    folder = Tiny("conv", "DebertaV2", "ForMaskedLM", {"conv_kernel_size": 3}).save(tmp_path / "source")
+    batches = [{"input_ids": torch.randint(3, VOCABULARY, (1, 8))}]
+    with pytest.raises(PrunePeakError, match="changes the hidden states between its blocks"):
+        next(BlockStream(open_source(str(folder)), batches, torch.float32).steps())
 
 
 def test_padding_is_not_counted(tmp_path: Path) -> None:

@@ -156,6 +156,22 @@ def test_what_another_head_left_in_the_file_is_left_out(tmp_path: Path, caplog: 
     assert all(f"{name} belongs to no part of BertForMaskedLM" in caplog.text for name in more)
 
 
+def test_a_config_that_names_no_class_opens_the_body(tmp_path: Path) -> None:
+    """As DeBERTa-v3 is published: no `architectures`, and heads of pretraining that no stock class has."""
+    source = BY_NAME["deberta-v3"].save(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    body = {name: tensor for name, tensor in tensors.items() if name.startswith("deberta.")}
+    body |= {f"{head}.dense.weight": torch.zeros(3, 3) for head in ("lm_predictions.lm_head", "mask_predictions")}
+    save_file(body, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    del config["architectures"]
+    (source / "config.json").write_text(json.dumps(config))
+    opened = open_source(str(source))
+    assert opened.model_class.__name__ == "DebertaV2Model"
+    cut_tiny(source, tmp_path / "cut", "mean")
+    load(tmp_path / "cut", "Model")
+
+
 def test_positions_that_padding_takes_are_not_for_windows(tmp_path: Path) -> None:
     assert open_source(str(BY_NAME["bert"].save(tmp_path / "bert"))).positions == POSITIONS
     assert open_source(str(BY_NAME["roberta"].save(tmp_path / "roberta"))).positions == POSITIONS - 3  # padding is 2

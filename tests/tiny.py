@@ -116,6 +116,8 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "Camembert": BERT,
     "Roberta": BERT,
     "XLMRoberta": BERT,
+    "DebertaV2": BERT | {"type_vocab_size": 0},
+    "ModernBert": BERT | {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 1},
     "Electra": BERT | {"embedding_size": 16},
     "DistilBert": {"dim": HIDDEN, "hidden_dim": WIDTH, "n_layers": BLOCKS, "n_heads": 4},
     "OPT": {
@@ -147,6 +149,15 @@ LONG_ROPE = {
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
+# As DeBERTa-v3 has them
+RELATIVE = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 
@@ -222,6 +233,10 @@ TINY = [
     Tiny("roberta", "Roberta", "ForMaskedLM"),
     Tiny("roberta-untied", "Roberta", "ForMaskedLM", {"tie_word_embeddings": False}),
     Tiny("xlm-roberta", "XLMRoberta", "ForMaskedLM"),
+    Tiny("deberta-v2", "DebertaV2", "ForMaskedLM"),
+    Tiny("deberta-v3", "DebertaV2", "ForMaskedLM", RELATIVE),
+    Tiny("modernbert", "ModernBert", "ForMaskedLM"),
+    Tiny("modernbert-biased", "ModernBert", "ForMaskedLM", {"attention_bias": True, "mlp_bias": True}),
     Tiny("electra", "Electra", "ForMaskedLM"),
     Tiny("distilbert", "DistilBert", "ForMaskedLM"),
     Tiny("opt-no-bias", "OPT", settings={"enable_bias": False}),
