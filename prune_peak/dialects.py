@@ -29,6 +29,7 @@ class Dialect:
     words: Callable[[Words], Words]
     block: Callable[[Words, Tensors], Tensors] = lambda _, tensors: tensors
     outside: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    rounds: str | None = None  # what loses digits when it is said so in a type narrower than float32
 
 
 def llama(words: Words) -> Words:
@@ -221,7 +222,7 @@ DIALECTS = {
     "falcon": Dialect(
         falcon, falcon_block, partial(_moved, modules={"word_embeddings": "embed_tokens", "ln_f": "final_layernorm"})
     ),
-    "gemma": Dialect(gemma, lambda _, tensors: gemma_norms(tensors), gemma_norms),
+    "gemma": Dialect(gemma, lambda _, tensors: gemma_norms(tensors), gemma_norms, "one plus a norm's weight"),
     "gpt_neox": Dialect(
         gpt_neox,
         gpt_neox_block,

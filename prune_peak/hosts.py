@@ -202,6 +202,8 @@ def _build(source: Blueprint, sites: Sequence[Site], kept: Mapping[str, int], dt
         config, model_class = _own_config(source, sites, settings), source.model_class
     else:
         dialect = DIALECTS.get(source.family.model_type)
+        if dialect is not None and dialect.rounds and dtype.itemsize < torch.float32.itemsize:
+            raise HostError(f"{dialect.rounds} loses digits in {str(dtype).removeprefix('torch.')}, as {name} needs it")
         words = _say(source, settings, dialect)
         config = _host_config(HOSTS[name], source, words, {site.kind for site in sites})
         model_class = _same_head(source, config)

@@ -361,6 +361,43 @@ def test_models_without_a_language_head(name: str, head: str, tmp_path: Path, te
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut", "text.txt"}
 
 
+@pytest.mark.parametrize(
+    ("name", "host", "written_as", "zero"),
+    [
+        ("cohere", "auto", "CohereForCausalLM", ""),
+        ("falcon-40b", "auto", "PhiForCausalLM", ""),
+        ("gemma", "auto", "GemmaForCausalLM", "mlp"),  # in float32 Granite (`test_hosts.py`)
+        ("gemma2", "auto", "Gemma2ForCausalLM", "mlp"),
+        ("gpt-neox-parallel", "auto", "PhiForCausalLM", ""),
+        ("gptj", "auto", "PhiForCausalLM", ""),
+        ("phi3", "own", "Phi3ForCausalLM", "attention and mlp"),
+    ],
+)
+def test_hosts_and_refits_verify_in_a_narrow_type(
+    name: str, host: str, written_as: str, zero: str, tmp_path: Path, text: Path
+) -> None:
+    tiny = BY_NAME[name]
+    small = Tiny(name, tiny.family, tiny.head, tiny.settings | {"vocab_size": 1024})
+    source = small.save(tmp_path / "source", torch.bfloat16)
+    AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
+    words = ("--samples", 4, "--sequence-length", 64, "--sites", "mlp,attention", "--ratio", 0.5, "--host", host)
+    result = compress(source, tmp_path / "cut", text, *words)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["architectures"] == [written_as]
+    assert (f"Held at zero: the {zero} neurons" if zero else "Verified.") in result.stdout
+    assert ("Held at zero" in result.stdout) == bool(zero)
+    checks = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())["verification"]
+    assert any("cached decoding" in check["check"] for check in checks)
+
+
+def test_a_host_that_cannot_hold_the_model_is_refused_before_work(tmp_path: Path, text: Path) -> None:
+    result = compress(EXAMPLES / "mistral-mini", tmp_path / "cut", text, "--host", "granite")
+    assert result.exit_code == 1
+    assert "These can: own (with a fill of zero in mlp), smollm3." in result.stderr
+    assert compress(EXAMPLES / "mistral-mini", tmp_path / "cut", text, "--host", "mamba").exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path) -> None:
     source = BY_NAME["opt"].save(tmp_path / "source")
     AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
