@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from .errors import PrunePeakError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from .comparison import evaluate
     from .compression import Compression, compress
     from .evaluation import Verification, verify
+    from .gguf_file import export_gguf
     from .hub import push
     from .source import Source, open_source
 
@@ -25,6 +27,8 @@ __all__ = [
     "Verification",
     "VerificationError",
     "compress",
+    "evaluate",
+    "export_gguf",
     "open_source",
     "push",
     "verify",
@@ -35,6 +39,8 @@ _ROOMS = {
     "Source": "source",
     "Verification": "evaluation",
     "compress": "compression",
+    "evaluate": "comparison",
+    "export_gguf": "gguf_file",
     "open_source": "source",
     "push": "hub",
     "verify": "evaluation",
