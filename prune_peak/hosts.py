@@ -183,7 +183,7 @@ def choose_target(
             reasons[name] = f"{target.model_class.__name__} has no {', '.join(lacking)}"
     chosen = targets.get(OWN if wanted == AUTO else wanted)
     if chosen is not None:
-        return replace(chosen, why="; ".join(reasons.values()))
+        return replace(chosen, why="; ".join(reasons.values()) if wanted == AUTO else reasons[wanted])
     why = "; ".join(reasons.values()) if wanted == AUTO else reasons[wanted]
     others = ", ".join(
         name + (f" (with a fill of zero in {' and '.join(target.zero_filled)})" if target.zero_filled else "")
