@@ -13,7 +13,7 @@ from .compression import DTYPES, EVALUATED
 from .errors import PrunePeakError, UsageError
 from .evaluation import Exam, Grades, Quality, has_exam, set_exam, set_image_exam, sum_up, take_exam
 from .source import Source, open_source
-from .texts import SEQUENCE_LENGTH, load_tokenizer, read_windows, special_tokens, window_length
+from .texts import SEQUENCE_LENGTH, load_tokenizer, name_text, read_windows, special_tokens, window_length
 
 FLIPS = 10_000  # of the signs of the differences, for the test
 
@@ -122,7 +122,7 @@ def _set_exam_on(text: str | Path, source: Source, windows: int, sequence_length
     if not has_exam(source):
         raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
     found = read_windows(str(text), source, window_length(source, sequence_length))
-    return set_exam(source, found[:windows], Path(text).name)
+    return set_exam(source, found[:windows], name_text(text))
 
 
 def _check_same(first: Source, theirs: Exam, other: Source, ours: Exam) -> None:

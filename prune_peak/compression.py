@@ -35,6 +35,7 @@ from .texts import (
     SEQUENCE_LENGTH,
     Windows,
     choose_windows,
+    name_text,
     own_windows,
     read_windows,
     window_length,
@@ -201,7 +202,7 @@ def compress(
             "score": score,
             "multiple_of": multiple_of,
             "refit": refit,
-            "evaluate": None if evaluate is None else Path(evaluate).name,
+            "evaluate": None if evaluate is None else name_text(evaluate),
             "host": host,
         }
         recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
@@ -319,7 +320,7 @@ def measure(
         what = "images" if length is None else f"windows of {length} tokens"
         log.warning("%s gives %d %s, not %d; used them all.", calibration, found, what, samples)
     options: dict[str, Any] = {
-        "calibration": calibration if calibration == SELF else Path(calibration).name,
+        "calibration": calibration if calibration == SELF else name_text(calibration),
         "samples": found,
         "sequence_length": length,
         "dtype": dtype or default_dtype(source),
@@ -369,7 +370,7 @@ def _set_exam_on(text: str | Path, source: Source, sequence_length: int) -> Exam
     if not has_exam(source):
         raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
     windows = read_windows(str(text), source, window_length(source, sequence_length))[:EVALUATED]
-    return set_exam(source, windows, Path(text).name)
+    return set_exam(source, windows, name_text(text))
 
 
 def _set_held_out_exam(source: Source, windows: Windows) -> Exam | None:

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 
 from .errors import PrunePeakError
 from .source import IMAGES, Source
-from .texts import SELF, Windows
+from .texts import SELF, Windows, name_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +52,7 @@ def choose_images(name: str, source: Source, samples: int, seed: int) -> Windows
         pixels = _to_pixels(source, read_data_set(name, samples, seed))
     if len(pixels) < FEWEST:
         raise PrunePeakError(f"{name} gives {len(pixels)} image; expected at least {FEWEST} (--samples).")
-    return Windows(source=folder.name, calibration=pixels, held_out=pixels[:0])
+    return Windows(source=name_text(name), calibration=pixels, held_out=pixels[:0])
 
 
 def read_labelled(name: str, source: Source) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def name_text(name: str | Path) -> str:
+    """What to call a text or a folder of images where others read: its own name, not where it lies; a data set's id."""
+    return Path(name).name if Path(name).exists() else str(name)
+
+
 def read_texts(name: str) -> list[str]:
     """The texts of a `.txt` file (one), a `.jsonl` file (the key `text` of every line), or a Hub data set.
 
@@ -162,7 +167,7 @@ def choose_windows(name: str, source: Source, samples: int, length: int, seed: i
     held = min(held_out_count(samples), len(windows) // 4)
     samples = min(samples, len(windows) - held)
     return Windows(
-        source=Path(name).name,
+        source=name_text(name),
         calibration=windows[order[:samples].sort().values],
         held_out=windows[order[samples : samples + held].sort().values],
     )

@@ -16,8 +16,9 @@ from conftest import EXAMPLES
 from huggingface_hub import ModelCard
 
 import prune_peak
-from prune_peak.card import find_task
+from prune_peak.card import find_task, write_card
 from prune_peak.cli import main
+from prune_peak.source import open_source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FRONT_MATTER = "---\nlicense: other\nlicense_name: mini\nlanguage:\n- en\ndownloads: 3\n---\nThe source's own words.\n"
@@ -63,6 +64,16 @@ def test_round_trip(folder: Path, card: ModelCard) -> None:
         "license_name": "mini",
         "language": ["en"],
     }
+
+
+def test_a_data_set_is_named(folder: Path, tmp_path: Path) -> None:
+    recipe = json.loads((folder / "prune_peak.json").read_text())
+    recipe["options"]["calibration"] = "someone/words"
+    write_card(tmp_path, recipe, open_source(str(EXAMPLES / "llama-mini")))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["someone/words"]
+    assert "8 windows of 32 tokens of someone/words" in card.text
+    assert "--calibration someone/words" in card.text
 
 
 def test_the_numbers_are_those_of_the_recipe(folder: Path, card: ModelCard) -> None:
