@@ -58,7 +58,7 @@ def main() -> None:
             body(**batch, use_cache=False)
 
     def ours() -> None:
-        observed = calibrate(source, sites, batches, source.dtype, with_grams=options.what != "moments")
+        observed = calibrate(source, sites, batches, source.dtype, for_refit=options.what != "moments")
         if options.what != "compress":
             for _ in observed:
                 pass
@@ -70,7 +70,8 @@ def main() -> None:
             Export(target, lay_out(target), Path(folder)) as export,
         ):
             for seen in observed:
-                export.write_site(seen.site, choose(source, seen, kept["mlp"], "peak", options.score).choice)
+                choice = choose(source, seen, kept["mlp"], "peak", options.score).choice
+                export.write_block(seen.site.block, {seen.site.name: choice})
             export.finish()
 
     body(**batches[0])  # warm-up

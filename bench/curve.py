@@ -59,7 +59,7 @@ def main() -> None:
     stream = BlockStream(source, into_batches(windows, tokens=BATCH_WINDOWS * length), dtype)
     for step in tqdm(stream.steps(), total=len(sites), desc="calibrate", unit="block"):
         site = sites[step.index]
-        watch = Watch(site, windows.numel(), with_grams=True)
+        watch = Watch(site, windows.numel(), for_refit=True)
         ran, resumed = 0.0, time.perf_counter()
         with observing(stream.model.get_submodule(site.name), watch.see):
             # when the step gives a batch's number, those before it have run
@@ -68,7 +68,7 @@ def main() -> None:
                     ran += time.perf_counter() - resumed
                     resumed = time.perf_counter()
                     for ratio, width in kept.items():
-                        plans[done, ratio][site.name] = ours(source, Observed(site, watch.stats, watch.grams), width)
+                        plans[done, ratio][site.name] = ours(source, Observed(site, watch.stats, watch.gathered), width)
                     seconds[done] += ran + (time.perf_counter() - resumed) / len(kept)
                     resumed = time.perf_counter()
 

@@ -142,7 +142,7 @@ def main() -> None:
 
     methods = [name for name in options.methods if name in METHODS]
     plans: dict[tuple[str, str, float], dict[str, Choice]] = {}
-    for observed in calibrate(source, sites, into_batches(windows), dtype, with_grams="prune-peak" in methods):
+    for observed in calibrate(source, sites, into_batches(windows), dtype, for_refit="prune-peak" in methods):
         site = observed.site
         for name in methods:
             for kind, ratio in asked:

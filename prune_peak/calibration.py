@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .blocks import Batch, BlockStream
 from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError
-from .refit import Gram, Grams, Moments
+from .evidence import Gram, Grams, Moments, Tape
 from .sites import Site
 from .source import IMAGES, Source
 from .stats import Stats
@@ -56,30 +56,32 @@ class Observed:
 
     site: Site
     stats: Stats
-    grams: Grams | None = None
-    power: float | None = None  # with the Grams: squared norm of a hidden state after the block, median of tokens
+    gathered: Grams | Tape | None = None  # for the refit
+    power: float | None = None  # with it: squared norm of a hidden state after the block, median of tokens
     narrowed: tuple[Moments, ...] = ()  # of queries and keys, where heads get narrower
 
 
 def calibrate(
-    source: Source, sites: Sequence[Site], batches: Sequence[Batch], dtype: torch.dtype, with_grams: bool = False
+    source: Source, sites: Sequence[Site], batches: Sequence[Batch], dtype: torch.dtype, for_refit: bool = False
 ) -> Iterator[Observed]:
     """Statistics of every site over the batches, one block at a time; padding is not counted."""
+    if not sites:
+        return
     masks = [batch.get("attention_mask") for batch in batches]
     stream = BlockStream(source, batches, dtype)
     last = min(max(site.block for site in sites), stream.blocks - 1)
     power = None
     for step in tqdm(islice(stream.steps(), last + 1), total=last + 1, desc="calibrate", unit="block"):
         tokens = sum(count if mask is None else int(mask.sum()) for count, mask in zip(step.tokens, masks, strict=True))
-        watches = [Watch(site, tokens, with_grams) for site in sites if site.block == step.index]
+        watches = [Watch(site, tokens, for_refit) for site in sites if site.block == step.index]
         with _watching(stream.model, watches):
             for number in step.run():
                 for watch in watches:
                     watch.mask = masks[number]
-        power = step.power() if with_grams else None
+        power = step.power() if for_refit else None
         for watch in watches:
             yield watch.observed(source, dtype, power)
-    pooled = [Watch(site, len(batches), with_grams) for site in sites if site.block == stream.blocks]
+    pooled = [Watch(site, len(batches), for_refit) for site in sites if site.block == stream.blocks]
     if pooled:
         with _watching(stream.model, pooled):
             for _ in stream.outputs():
@@ -91,13 +93,14 @@ def calibrate(
 class Watch:
     """What one site is seen to do while its block runs."""
 
-    def __init__(self, site: Site, tokens: int, with_grams: bool) -> None:
+    def __init__(self, site: Site, tokens: int, for_refit: bool) -> None:
         self.site = site
         self.stats = Stats(site.neurons, tokens)
-        self.grams: Grams | None = None
+        self.gathered: Grams | Tape | None = None
         self.mask: Tensor | None = None  # of the batch that runs
         self.narrowed: dict[str, Gram] = {}  # of queries and keys
-        self._with_grams = with_grams
+        self._few = tokens < site.neurons
+        self._for_refit = for_refit
 
     def see_maker(self, name: str, made: Tensor) -> None:
         """What a module gives whose heads get narrower."""
@@ -110,9 +113,9 @@ class Watch:
         flat = neurons.reshape(-1, self.site.neurons)
         flat = flat if self.mask is None else flat[self.mask.bool().view(-1)]
         self.stats.add(flat)
-        if self._with_grams:
-            self.grams = self.grams or Grams(self.stats.pivot)
-            self.grams.add(flat)
+        if self._for_refit:
+            self.gathered = self.gathered or (Tape() if self._few else Grams(self.stats.pivot))
+            self.gathered.add(flat)
 
     def observed(self, source: Source, dtype: torch.dtype, power: float | None) -> Observed:
         if not bool(torch.isfinite(self.stats.square_sum).all()):
@@ -121,7 +124,7 @@ class Watch:
                 "Try --dtype float32, or check the checkpoint."
             )
         narrowed = tuple(self.narrowed[name].moments() for name in self.site.narrowed)
-        return Observed(self.site, self.stats, self.grams, power, narrowed)
+        return Observed(self.site, self.stats, self.gathered, power, narrowed)
 
 
 @contextmanager

@@ -198,6 +198,8 @@ def _read_index(index: Path, format_: Format) -> dict[str, str]:
 class Writer:
     """Writes a checkpoint tensor by tensor into a folder; `finish` refuses if one of the layout is missing.
 
+    Files of the same layout that are there already are gone on with.
+
     Example:
         >>> import torch, tempfile
         >>> folder = Path(tempfile.mkdtemp())
@@ -247,10 +249,29 @@ class Writer:
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
         for name in names:
             self._offsets[name] += 8 + len(text)
-        file = (self._folder / file_name).open("wb")
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
+        text = len(text).to_bytes(8, "little") + text
+        path = self._folder / file_name
+        if path.is_file():
+            file = path.open("r+b")
+            if file.read(len(text)) == text:
+                file.truncate(len(text) + offset)
+                return file
+            file.close()
+        file = path.open("w+b")
+        file.write(text)
+        file.truncate(len(text) + offset)
         return file
+
+    def holds(self, digests: Mapping[str, str]) -> bool:
+        """Whether an earlier writer has written tensors of these SHA-256; then they count as ours."""
+        for name, digest in digests.items():
+            shape, dtype = self._layout[name]
+            file = self._files[self._split.tensor_to_filename[name]]
+            file.seek(self._offsets[name])
+            if hashlib.sha256(file.read(dtype.itemsize * torch.Size(shape).numel())).hexdigest() != digest:
+                return False
+        self.digests |= digests
+        return True
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor of the layout; a value that is not finite is refused."""

@@ -43,9 +43,7 @@ class Group(click.Group):
         except PrunePeakError as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            click.echo(
-                "Interrupted. What was written so far stays in the .partial folder; --force replaces it.", err=True
-            )
+            click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
             sys.exit(130)
 
 

@@ -2,12 +2,11 @@
 
 import json
 import logging
-import os
 import platform
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ import torch
 import transformers
 
 from . import __version__
-from .budget import Budget
+from .budget import Budget, Widths
 from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, set_image_exam, verify
 from .export import RECIPE_FILE, Export
 from .hosts import AUTO as AUTO_HOST
-from .hosts import Layout, Target, choose_target, lay_out
+from .hosts import Layout, Target, choose_target, lay_out, layout_bytes
 from .images import choose_images
 from .planning import Decision, choose, choose_split
+from .progress import Progress
 from .refit import ELIMINATION, Refit
 from .selection import AUTO, FILLS, RANDOM, SCORES
 from .sites import HEAD, Site, cuttable_kinds, find_sites
@@ -44,7 +44,11 @@ from .texts import (
 log = logging.getLogger(__name__)
 
 EVALUATED = 24  # windows of an --evaluate text, from its start
-DISK_MARGIN = 50_000_000  # bytes that must stay free beside the output
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,86 +158,90 @@ def compress(
     statistics = None if stats is None else load_statistics(Path(stats), source, found)
     exam = None if evaluate is None else _set_exam_on(evaluate, source, sequence_length)
     splits = budget.splits(source, found, multiple_of, host)
-    kept = splits[0]
-    if len(splits) > 1:
-        if stats is not None:
-            raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
-        widest = {site.kind: kept.get(site.kind, site.neurons) for site in found}
-        found = list(choose_target(source, found, widest, source.dtype, host).sites)
-        measured = measure(source, found, calibration, samples, sequence_length, dtype, seed, with_grams=True)
-        kept = choose_split(source, measured.sites, splits, fill, score, refit)
-    cut = [site for site in found if site.kind in kept]
-    target = choose_target(source, cut, kept, source.dtype, host)
-    layout = lay_out(target)
+    if len(splits) > 1 and statistics is not None:
+        raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
+    options = {
+        **budget.options,
+        "sites": sorted({site.kind for site in found}),
+        "unit": unit,
+        "keep_shape": keep_shape,
+        "fill": fill,
+        "score": score,
+        "multiple_of": multiple_of,
+        "refit": refit,
+        "evaluate": None if evaluate is None else name_text(evaluate),
+        "host": host,
+        "calibration": name_text(calibration),
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    if statistics is not None:
+        options |= statistics.options
+    question = options | {"source": source.digest, "versions": VERSIONS}
+    folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{budget.label}")
+    target, layout = _aim(source, found, splits[0], host)
     if target.zero_filled:
         _say_zero(target, refit)
-    folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{budget.label}")
-    partial = _prepare_output(folder, force, layout)
-    try:
-        fills: dict[str, str] = {}
-        refits: dict[str, Refit] = {}
-        outcomes: dict[str, dict[str, Any]] = {}
+    with Progress(folder, question, layout_bytes(layout), force) as progress:
         if statistics is None:
-            with_grams = refit or fill == AUTO
-            measured = measure(source, target.sites, calibration, samples, sequence_length, dtype, seed, with_grams)
+            measured = measure(source, calibration, samples, sequence_length, dtype, seed)
         else:
-            measured = _measured_before(statistics, target.sites)
-        with Export(target, layout, partial) as export:
-            for observed in measured.sites:
-                decision = choose(source, observed, kept[observed.site.kind], fill, score, refit, seed)
-                export.write_site(observed.site, decision.choice)
-                fills[observed.site.name] = decision.fill
-                outcomes[observed.site.name] = _tell_outcome(observed.site, decision)
-                if decision.refit is not None:
-                    refits[observed.site.name] = decision.refit
+            measured = _measured_before(statistics)
+        progress.insist("calibration", measured.windows.digest)
+        kept = progress.recall("kept") or splits[0]
+        if len(splits) > 1 and progress.recall("kept") is None:
+            widest = {site.kind: kept.get(site.kind, site.neurons) for site in found}
+            aimed = choose_target(source, found, widest, source.dtype, host).sites
+            kept = choose_split(source, measured.observe(aimed, True), splits, fill, score, refit)
+            progress.remember("kept", kept)
+        target, layout = _aim(source, found, kept, host)
+        decisions: dict[str, Decision] = {}
+        with Export(target, layout, progress.checkpoint) as export:
+            for block in sorted({site.block for site in target.sites}):
+                recalled = progress.recall_block(block)
+                if recalled and export.holds_block({name: d.choice for name, d in recalled[0].items()}, recalled[1]):
+                    decisions |= recalled[0]
+            rest = [site for site in target.sites if site.name not in decisions]
+            for block, seen in groupby(measured.observe(rest, refit or fill == AUTO), lambda seen: seen.site.block):
+                made = {
+                    observed.site.name: choose(source, observed, kept[observed.site.kind], fill, score, refit, seed)
+                    for observed in seen
+                }
+                progress.note(block, made, export.write_block(block, {name: d.choice for name, d in made.items()}))
+                decisions |= made
             digests = export.finish()
+        _say_few(score, decisions)
         exam = exam or _set_held_out_exam(source, measured.windows)
-        written = open_source(str(partial))
+        written = open_source(str(progress.checkpoint))
         compute = DTYPES[measured.options["dtype"]]
         before = measure_quality(source, exam, compute) if exam else None
         after = measure_quality(written, exam, compute) if exam else None
-        cleared = {site.kind: site.neurons - kept[site.kind] for site in found if site.in_place}
-        choices = {
-            **budget.options,
-            "sites": sorted(kept),
-            "unit": unit,
-            "keep_shape": keep_shape,
-            "fill": fill,
-            "score": score,
-            "multiple_of": multiple_of,
-            "refit": refit,
-            "evaluate": None if evaluate is None else name_text(evaluate),
-            "host": host,
-        }
-        recipe = _write_recipe(source, target, choices | dict(measured.options), measured.windows) | {
+        cleared = {site.kind: site.neurons - kept[site.kind] for site in target.sites if site.in_place}
+        refits = {name: decision.refit for name, decision in decisions.items() if decision.refit is not None}
+        options |= {"sites": sorted(kept), **measured.options}
+        recipe = _write_recipe(source, target, options, measured.windows) | {
             "before": asdict(_measure_size(source, {})),
             "after": asdict(_measure_size(written, cleared)),
             "quality": {"before": before and asdict(before), "after": after and asdict(after)},
             "kept": kept,
-            "fills": fills,
-            "sites": outcomes,
+            "fills": {name: decision.fill for name, decision in decisions.items()},
+            "sites": {site.name: _tell_outcome(site, decisions[site.name]) for site in target.sites},
             "refits": {name: asdict(fitted) for name, fitted in refits.items()},
             "tensors": digests,
         }
-        _write_json(partial / RECIPE_FILE, recipe)
-        verification = verify(partial, source)
+        _write_json(progress.checkpoint / RECIPE_FILE, recipe)
+        verification = verify(progress.checkpoint, source)
         if not verification.passed:
             failed = [f"{check['check']} ({check['seen']})" for check in verification.checks if not check["passed"]]
             raise VerificationError(
                 f"the compressed model does not compute what it should, so it was not kept: {'; '.join(failed)}."
             )
         recipe |= {"verification": verification.checks}
-        _write_json(partial / RECIPE_FILE, recipe)
-        write_card(partial, recipe, source)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except PrunePeakError:
-        shutil.rmtree(partial)
-        raise
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise PrunePeakError(f"{folder} could not be written ({error}). Nothing of it was kept.") from None
+        _write_json(progress.checkpoint / RECIPE_FILE, recipe)
+        write_card(progress.checkpoint, recipe, source)
+        progress.finish()
     return Compression(
         output=folder,
         model_class=target.model_class.__name__,
@@ -244,10 +252,10 @@ def compress(
         keep_shape=keep_shape,
         quality_before=before,
         quality_after=after,
-        fills=dict(Counter(fills.values())),
+        fills=dict(Counter(decision.fill for decision in decisions.values())),
         zero_filled=target.zero_filled,
         refits=refits,
-        scores_lost={name: site["scores_lost"] for name, site in outcomes.items() if "scores_lost" in site},
+        scores_lost={name: made.scores_lost for name, made in decisions.items() if made.scores_lost is not None},
         verification=verification,
     )
 
@@ -279,8 +287,8 @@ def save_statistics(
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
     source = open_source(model, revision)
     sites = find_sites(source.blank, source.family, cuttable_kinds(source.family, keep_shape=True), keep_shape=True)
-    measured = measure(source, sites, calibration, samples, sequence_length, dtype, seed)
-    stats = {observed.site.name: observed.stats for observed in measured.sites}
+    measured = measure(source, calibration, samples, sequence_length, dtype, seed)
+    stats = {observed.site.name: observed.stats for observed in measured.observe(sites, False)}
     statistics = Statistics(stats, measured.windows, measured.options)
     statistics.save(path, source)
     return statistics
@@ -288,22 +296,20 @@ def save_statistics(
 
 @dataclass(frozen=True)
 class Measured:
-    """Statistics site by site (measured as they are asked for), and what they are taken over."""
+    """What a calibration is taken over, and the statistics of any sites on it, measured as they are asked for."""
 
     windows: Windows
     options: Mapping[str, Any]
-    sites: Iterable[Observed]
+    observe: Callable[[Sequence[Site], bool], Iterable[Observed]]  # sites, and whether with products of neurons
 
 
 def measure(
     source: Source,
-    sites: Sequence[Site],
     calibration: str = SELF,
     samples: int = SAMPLES,
     sequence_length: int = SEQUENCE_LENGTH,
     dtype: str | None = None,
     seed: int = 0,
-    with_grams: bool = False,
 ) -> Measured:
     """Find the windows of a calibration, and be ready to measure on them."""
     if dtype not in (None, *DTYPES):
@@ -320,19 +326,41 @@ def measure(
         what = "images" if length is None else f"windows of {length} tokens"
         log.warning("%s gives %d %s, not %d; used them all.", calibration, found, what, samples)
     options: dict[str, Any] = {
-        "calibration": calibration if calibration == SELF else name_text(calibration),
+        "calibration": name_text(calibration),
         "samples": found,
         "sequence_length": length,
         "dtype": dtype or default_dtype(source),
         "seed": seed,
     }
-    batches = into_batches(windows.calibration)
-    return Measured(windows, options, calibrate(source, sites, batches, DTYPES[options["dtype"]], with_grams))
+
+    def observe(sites: Sequence[Site], for_refit: bool) -> Iterable[Observed]:
+        return calibrate(source, sites, into_batches(windows.calibration), DTYPES[options["dtype"]], for_refit)
+
+    return Measured(windows, options, observe)
 
 
-def _measured_before(statistics: Statistics, sites: Sequence[Site]) -> Measured:
-    observed = [Observed(site, statistics.stats[site.name]) for site in sites]
-    return Measured(statistics.windows, statistics.options, observed)
+def _measured_before(statistics: Statistics) -> Measured:
+    def observe(sites: Sequence[Site], for_refit: bool) -> Iterable[Observed]:
+        return [Observed(site, statistics.stats[site.name]) for site in sites]
+
+    return Measured(statistics.windows, statistics.options, observe)
+
+
+def _aim(source: Source, sites: Sequence[Site], kept: Widths, host: str) -> tuple[Target, Layout]:
+    """What the sites become for which widths are given, and every tensor of it."""
+    cut = [site for site in sites if site.kind in kept]
+    target = choose_target(source, cut, kept, source.dtype, host)
+    return target, lay_out(target)
+
+
+def _say_few(score: str, decisions: Mapping[str, Decision]) -> None:
+    others = {decision.score for decision in decisions.values()} - {score}
+    if others:
+        log.warning(
+            "Fewer tokens than neurons at some sites: there %s chose them, not %s. More --samples choose better.",
+            " ".join(others),
+            score,
+        )
 
 
 def _say_zero(target: Target, refit: bool) -> None:
@@ -384,31 +412,6 @@ def _set_held_out_exam(source: Source, windows: Windows) -> Exam | None:
         return None
 
 
-def _prepare_output(folder: Path, force: bool, layout: Layout) -> Path:
-    """The empty folder to write into, beside the final name."""
-    size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
-    partial = folder.with_name(folder.name + ".partial")
-    for path, meaning in ((folder, "exists"), (partial, "was left by a run that did not end")):
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise PrunePeakError(f"{path} is a file; choose another --output.")
-        if path.exists() and not force:
-            raise PrunePeakError(f"{path} {meaning}; pass --force to replace it, or choose another --output.")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-    except OSError as error:
-        raise PrunePeakError(f"{partial} cannot be written ({error.strerror}).") from None
-    if free < size + DISK_MARGIN:
-        partial.rmdir()
-        raise PrunePeakError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free; the result needs {size / 1e9:.2f} GB. "
-            "Choose another --output."
-        )
-    return partial
-
-
 def _measure_size(source: Source, cut: Mapping[str, int]) -> Size:
     """The size of a model, some of whose neurons (by the kind of site) are there but zero."""
     neurons: Counter[str] = Counter()
@@ -429,6 +432,7 @@ def _tell_outcome(site: Site, decision: Decision) -> dict[str, Any]:
         "neurons": site.neurons,
         "kept": len(decision.choice.keep),
         "lost": decision.lost,
+        "score": decision.score,
     }
     return outcome if decision.scores_lost is None else outcome | {"scores_lost": decision.scores_lost}
 
@@ -441,11 +445,7 @@ def _write_recipe(source: Source, target: Target, options: Mapping[str, Any], wi
         "options": dict(options),
         "calibration_digest": windows.digest,
         "host": target.model_class.__name__,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": VERSIONS,
     }
 
 

@@ -31,8 +31,7 @@ from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, tell_block
 from .hosts import Target, choose_target
 from .images import read_labelled
-from .narrowing import Narrowing
-from .selection import Choice
+from .selection import Choice, unpack_plan
 from .sites import KINDS, UNITS, Site, find_sites, tensors_by_block
 from .source import IMAGES, Source, open_source
 from .texts import load_tokenizer
@@ -249,19 +248,10 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 def read_plan(folder: Path) -> dict[str, Choice]:
     """The plan of a written folder: a `Choice` for every site, by the site's name."""
     tensors, _ = load_tensors(folder / PLAN_FILE)
-    names = [name.removesuffix(".keep") for name in tensors if name.endswith(".keep")]
-    narrowed = {name for name in names if f"{name}.query" in tensors}
-    expected = {f"{name}.{part}" for name in names for part in ("keep", "fill")}
-    expected |= {f"{name}.{part}" for name in narrowed for part in ("query", "key")}
-    if not names or set(tensors) != expected:
-        raise PrunePeakError(
-            f"{folder / PLAN_FILE} is not a plan: expected <site>.keep and <site>.fill for every site, "
-            "and <site>.query and <site>.key where heads are narrower."
-        )
-    narrowings = {name: Narrowing(tensors[f"{name}.query"], tensors[f"{name}.key"]) for name in narrowed}
-    return {
-        name: Choice(tensors[f"{name}.keep"], tensors[f"{name}.fill"], narrowing=narrowings.get(name)) for name in names
-    }
+    try:
+        return unpack_plan(tensors)
+    except ValueError as error:
+        raise PrunePeakError(f"{folder / PLAN_FILE} is not a plan: {error}.") from None
 
 
 def _with_refits(

@@ -18,8 +18,8 @@ from .checkpoint import Writer, save_tensors
 from .folding import clear, cut, fold
 from .hosts import Layout, Target
 from .narrowing import narrow_rows
-from .selection import Choice
-from .sites import Site, tensors_by_block
+from .selection import Choice, pack_plan
+from .sites import tensors_by_block
 from .source import SIDE_FILES, Source
 
 RECIPE_FILE = "prune_peak.json"
@@ -30,7 +30,7 @@ NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.
 
 
 class Export:
-    """Writes the tensors of one plan: `write_site` as the choices come, then `finish` for what is left."""
+    """Writes the tensors of one plan: `write_block` as the choices come, then `finish` for what is left."""
 
     def __init__(self, target: Target, layout: Layout, folder: Path) -> None:
         assert isinstance(target.source, Source)
@@ -46,11 +46,17 @@ class Export:
     ) -> None:
         self._writer.__exit__(kind, error, trace)
 
-    def write_site(self, site: Site, choice: Choice) -> None:
-        """Take the choice for a site; with the last of its block, the block is written."""
-        self._plan[site.name] = choice
-        if all(other.name in self._plan for other in self.target.sites if other.block == site.block):
-            self._write(site.block)
+    def write_block(self, block: int, plan: Mapping[str, Choice]) -> dict[str, str]:
+        """Write a block as the choices for its sites change it; returns the digests of its tensors."""
+        self._plan |= plan
+        return self._write(block)
+
+    def holds_block(self, plan: Mapping[str, Choice], digests: Mapping[str, str]) -> bool:
+        """Whether an earlier run wrote a block into the folder, with these digests; then it is as good as written."""
+        if not self._writer.holds(digests):
+            return False
+        self._plan |= plan
+        return True
 
     def finish(self) -> dict[str, str]:
         """Write the rest, the config, the plan and the side files; returns the digests of all tensors."""
@@ -59,21 +65,17 @@ class Export:
             if name not in self._writer.digests:
                 self._writer.write(name, torch.zeros(shape, dtype=dtype))
         digests = self._writer.finish()
-        save_tensors(
-            {f"{name}.keep": choice.keep for name, choice in self._plan.items()}
-            | {f"{name}.fill": choice.fill for name, choice in self._plan.items()}
-            | {f"{name}.query": choice.narrowing.query for name, choice in self._plan.items() if choice.narrowing}
-            | {f"{name}.key": choice.narrowing.key for name, choice in self._plan.items() if choice.narrowing},
-            self.folder / PLAN_FILE,
-        )
+        save_tensors(pack_plan(self._plan), self.folder / PLAN_FILE)
         write_config(self.target.config, self.folder / "config.json")
         copy_side_files(self.source.folder, self.folder)
         return digests
 
-    def _write(self, block: int | None) -> None:
-        for name, tensor in tell_block(self.target, self._plan, block).items():
+    def _write(self, block: int | None) -> dict[str, str]:
+        tensors = tell_block(self.target, self._plan, block)
+        for name, tensor in tensors.items():
             self._writer.write(name, tensor.to(self.layout[name][1]))
         self.source.checkpoint.release()
+        return {name: self._writer.digests[name] for name in tensors}
 
 
 def tell_block(target: Target, plan: Mapping[str, Choice], block: int | None) -> dict[str, Tensor]:

@@ -321,3 +321,8 @@ def _shapes(target: Target, block: int | None, blanks: Mapping[str, Tensor]) -> 
         if site.constants is not None:
             tensors.setdefault(site.constants, tensors[site.weight].new_empty(site.hidden))
     return tensors
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Of all tensors together."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())

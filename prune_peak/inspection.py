@@ -268,7 +268,7 @@ def _time_block(
     batches = into_batches(windows)
     sites = [site for site in find_sites(source.blank, source.family, kinds, HEAD, keep_shape) if site.block == 0]
     began = time.perf_counter()
-    for _ in calibrate(source, sites, batches, dtype, with_grams=refit):
+    for _ in calibrate(source, sites, batches, dtype, for_refit=refit):
         pass
     observed = time.perf_counter() - began
     steps = BlockStream(source, batches, dtype).steps()  # named, for its weights leave with it

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from .budget import Widths
 from .calibration import Observed
+from .evidence import Moments
 from .narrowing import Narrowing, narrow
 from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
 from .selection import AUTO, FILLS, Choice, choose_fill, lost_share, select
 from .source import Source
 
 log = logging.getLogger(__name__)
+
+FEW_TOKENS_SCORE = "activation-norm"  # in place of the elimination, where there are more neurons than tokens
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Decision:
     lost: float  # share of the site's weighted deviation from the fill that the cut neurons had
     refit: Refit | None = None  # None without the refit
     scores_lost: float | None = None  # where heads get narrower: share of the variance of their attention scores
+    score: str = ELIMINATION  # that ranked the neurons
 
 
 def choose(
@@ -35,22 +39,22 @@ def choose(
     site, summary = observed.site, observed.stats.summarize()
     weight = site.as_matrix(source.read(site.weight))
     bias = source.read(site.bias) if site.bias in source.names else None
-    evidence = None if observed.grams is None else observed.grams.evidence()
+    evidence = None if observed.gathered is None else observed.gathered.evidence()
     if site.constants is None:  # no bias to shift: all is reckoned about zero
         fill, evidence = "zero", None if evidence is None else evidence.about_zero()
     names = FILLS if fill == AUTO else [fill]
-    if score == ELIMINATION:
-        assert evidence is not None
+    if score == ELIMINATION and evidence is not None and isinstance(evidence.whole, Moments):
         keep = eliminate(site, weight, evidence.whole, kept)
         choices = {name: Choice(keep, choose_fill(summary, name)) for name in names}
     else:
+        score = FEW_TOKENS_SCORE if score == ELIMINATION else score
         choices = {name: select(site, summary, weight, kept, name, score, seed + site.block) for name in names}
     best = fill
     if fill == AUTO:
         assert evidence is not None
         errors = {name: output_error(weight, bias, choice, evidence.held_out) for name, choice in choices.items()}
         best = min(errors, key=lambda name: errors[name])
-    decision = Decision(choices[best], best, lost_share(summary, choices[best], weight))
+    decision = Decision(choices[best], best, lost_share(summary, choices[best], weight), score=score)
     if refit:
         assert evidence is not None
         choice, fitted = refit_best(weight, bias, decision.choice, evidence)
@@ -87,12 +91,12 @@ def choose_split(
     """
     losses = [0.0] * len(splits)
     for seen in observed:
-        assert seen.grams is not None
+        assert seen.gathered is not None
         assert seen.power is not None
         site = seen.site
         weight = site.as_matrix(source.read(site.weight))
         bias = source.read(site.bias) if site.bias in source.names else None
-        held_out = seen.grams.held_out.moments()
+        held_out = seen.gathered.evidence().held_out
         if site.constants is None:
             held_out = held_out.about_zero()
         errors: dict[int, float] = {site.neurons: 0.0}

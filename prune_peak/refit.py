@@ -10,19 +10,19 @@ chosen by the error on held-out tokens, and the pure fold is among the choices, 
 the output is wide, the error is taken on random projections of it.
 
 Which neurons to keep is decided knowing of the refit: backward elimination on the inverse covariance, where neuron j
-costs ||W_:j||^2 / [Cov^-1]_jj (the optimal brain surgeon's saliency, Hassibi and Stork 1993). Most of those that stay
+costs ||W_:j||^2 / [Cov^-1]_jj (the optimal brain surgeon's saliency, Hassibi and Stork 1993). Half of those that stay
 are those of the highest activation norm, whatever the elimination says: what others can take over on the text of the
 calibration, they may not on another.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .evidence import Evidence, Knowledge, Moments
 from .folding import fold
 from .selection import Choice
 from .sites import Site
@@ -31,112 +31,9 @@ ELIMINATION = "elimination"  # the score's name
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 USUAL_RIDGE = 1e-1
 ELIMINATION_RIDGE = 1e-2
-PROTECTED = 0.75  # of the neurons that stay, the share that the activation norm alone decides
+PROTECTED = 0.5  # of the neurons that stay, the share that the activation norm alone decides
 ELIMINATION_STEPS = 16  # neurons leave in so many equal parts; between two, the inverse is brought up to date
-TRIANGLE_BLOCK = 256  # columns
-HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
 PROJECTIONS = 128  # of the output, that the ridge is chosen on
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Means and covariances of all neurons of a site."""
-
-    mean: Tensor  # (neurons,) float64
-    covariance: Tensor  # (neurons, neurons) float32
-
-    def about_zero(self) -> "Moments":
-        """Second moments in place of the covariance: what the refit reckons with where there is no bias to shift."""
-        narrow = self.mean.float()
-        return Moments(torch.zeros_like(self.mean), self.covariance.addr(narrow, narrow))
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Moments over most tokens, over those held out, and over all."""
-
-    fitted: Moments
-    held_out: Moments
-    whole: Moments
-
-    def about_zero(self) -> "Evidence":
-        return Evidence(self.fitted.about_zero(), self.held_out.about_zero(), self.whole.about_zero())
-
-
-class Gram:
-    """Sums and sums of products of all neurons of a site, about a pivot.
-
-    Activations in bfloat16 are taken about zero: their products are then exact in a float32 sum, at the speed that the
-    processor has for bfloat16.
-
-    Example:
-        >>> gram = Gram(torch.zeros(2))
-        >>> gram.add(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
-        >>> moments = gram.moments()
-        >>> moments.mean.tolist(), moments.covariance.tolist()
-        ([2.0, 0.0], [[1.0, 0.0], [0.0, 0.0]])
-    """
-
-    def __init__(self, pivot: Tensor) -> None:
-        self.pivot = pivot
-        self.count = 0
-        self.sum = torch.zeros(len(pivot), dtype=torch.float64)
-        self.products = torch.zeros(len(pivot), len(pivot))  # the lower triangle; blocks above it are left out
-
-    def add(self, values: Tensor) -> None:
-        """Count a batch of activations, (tokens, neurons), always of one type."""
-        if self.count == 0 and values.dtype is torch.bfloat16:
-            self.pivot = torch.zeros_like(self.pivot)
-        centred = values.float() - self.pivot
-        self.count += len(values)
-        self.sum += centred.sum(0, dtype=torch.float64)
-        with _exact_products(values.dtype):
-            for start in range(0, len(self.pivot), TRIANGLE_BLOCK):
-                columns = centred[:, start : start + TRIANGLE_BLOCK]
-                self.products[start:, start : start + TRIANGLE_BLOCK].addmm_(centred[:, start:].T, columns)
-
-    def merged(self, other: "Gram") -> "Gram":
-        """Both together; they must share the pivot."""
-        both = Gram(self.pivot)
-        both.count, both.sum = self.count + other.count, self.sum + other.sum
-        both.products = self.products + other.products
-        return both
-
-    def moments(self) -> Moments:
-        shift = self.sum / self.count
-        products = self.products.tril()
-        products += products.tril(-1).T
-        narrow = shift.float()
-        return Moments(self.pivot.double() + shift, products.div_(self.count).addr_(narrow, narrow, alpha=-1))
-
-
-class Grams:
-    """The Gram of a site over most tokens, and over those held out."""
-
-    def __init__(self, pivot: Tensor) -> None:
-        self.fitted, self.held_out = Gram(pivot), Gram(pivot)
-
-    def add(self, values: Tensor) -> None:
-        """Count a batch of activations, (tokens, neurons)."""
-        border = len(values) * (HELD_OUT - 1) // HELD_OUT
-        self.fitted.add(values[:border])
-        self.held_out.add(values[border:])
-
-    def evidence(self) -> Evidence:
-        return Evidence(self.fitted.moments(), self.held_out.moments(), self.fitted.merged(self.held_out).moments())
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products of what came from bfloat16, and so loses nothing by it, run as bfloat16 ones."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    if dtype is torch.bfloat16:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -159,7 +56,7 @@ def eliminate(site: Site, weight: Tensor, moments: Moments, kept: int) -> Tensor
     """
     if site.unit > 1 or site.groups > 1:
         return _eliminate_units(site, weight, moments.covariance, kept)
-    second_moments = moments.covariance.diagonal() + moments.mean.float().square()
+    second_moments = moments.variance + moments.mean.float().square()
     norms = weight.float().square().sum(0) * second_moments
     order = norms.argsort(descending=True, stable=True)
     stays, free = order.tensor_split([int(PROTECTED * kept)])
@@ -204,25 +101,23 @@ def _eliminate_units(site: Site, weight: Tensor, covariance: Tensor, kept: int) 
     return units[sorted(left)].flatten()
 
 
-class NormalEquations:
-    """What a refit of a site solves, for any ridge.
+class Fitting:
+    """The refit of a site, for any ridge.
 
     Args:
         weight: (hidden, neurons), the output projection.
         bias: (hidden,) or None.
         choice: which neurons stay, and the fills of the others.
-        moments: of the neurons.
+        known: of the neurons.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice, known: Knowledge) -> None:
         keep, cut = choice.keep, _complement(choice.keep, weight.shape[1])
-        rows, lost = moments.covariance[keep], weight[:, cut].float()
+        lost = weight[:, cut].float()
         self.columns, self.folded = weight[:, keep].float(), fold(weight, bias, choice.fill, keep)
-        self.matrix = rows[:, keep].double()  # (kept, kept)
-        self.target = (rows[:, cut] @ lost.T).double()  # (kept, hidden)
-        self.mean = moments.mean[keep]
-        self.missed = lost.double() @ (moments.mean[cut] - choice.fill[cut].double())  # (hidden,), by the fold
-        self.scale = moments.covariance.diagonal().mean().clamp_min(1e-30)  # dead neurons leave it invertible
+        self.mean = known.mean[keep]
+        self.missed = lost.double() @ (known.mean[cut] - choice.fill[cut].double())  # (hidden,), by the fold
+        self._regression = known.regress(keep, cut, lost)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """The kept columns, (hidden, kept), and the bias, (hidden,), that stand in for the whole, in float32.
@@ -232,25 +127,23 @@ class NormalEquations:
         """
         if ridge == math.inf:
             return self.columns, self.folded
-        ridged = self.matrix.clone()
-        ridged.diagonal().add_(ridge * self.scale)
-        delta = torch.cholesky_solve(self.target, torch.linalg.cholesky(ridged)).T
-        shift = self.missed / (1 + ridge) - delta @ self.mean
-        return (self.columns + delta).float(), (self.folded + shift).float()
+        change = self._regression(ridge)
+        shift = self.missed / (1 + ridge) - change @ self.mean
+        return (self.columns + change).float(), (self.folded + shift).float()
 
 
 def refit_best(weight: Tensor, bias: Tensor | None, choice: Choice, evidence: Evidence) -> tuple[Choice, Refit]:
     """The refit with the ridge that is best on held-out tokens, then fitted on all of them."""
     sketch, sketched_bias = _project(weight, bias)
-    equations = NormalEquations(sketch, sketched_bias, choice, evidence.fitted)
+    fitting = Fitting(sketch, sketched_bias, choice, evidence.fitted)
 
     def error(ridge: float) -> float:
-        columns, offset = equations.solve(ridge)
+        columns, offset = fitting.solve(ridge)
         return output_error(sketch, sketched_bias, replace(choice, weight=columns, bias=offset), evidence.held_out)
 
     errors = _walk(error)
     best = min(errors, key=lambda ridge: errors[ridge])
-    columns, offset = NormalEquations(weight, bias, choice, evidence.whole).solve(best)
+    columns, offset = Fitting(weight, bias, choice, evidence.whole).solve(best)
     share = errors[best] / max(errors[math.inf], 1e-300)
     return replace(choice, weight=columns, bias=offset), Refit(None if best == math.inf else best, share)
 
@@ -278,14 +171,13 @@ def _project(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None
     return directions @ weight.float(), None if bias is None else directions @ bias.float()
 
 
-def output_error(weight: Tensor, bias: Tensor | None, choice: Choice, moments: Moments) -> float:
+def output_error(weight: Tensor, bias: Tensor | None, choice: Choice, known: Knowledge) -> float:
     """The mean squared error of a site's output, summed over the hidden size, when a choice takes its place."""
     columns = weight[:, choice.keep] if choice.weight is None else choice.weight
     offset = fold(weight, bias, choice.fill, choice.keep) if choice.bias is None else choice.bias
     change = weight.float().clone()
     change[:, choice.keep] -= columns.float()
-    constant = change.double() @ moments.mean + (0 if bias is None else bias.double()) - offset.double()
-    return float(((change @ moments.covariance) * change).sum() + constant.square().sum())
+    return known.error(change, (0 if bias is None else bias.double()) - offset.double())
 
 
 def _complement(keep: Tensor, neurons: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Which neurons stay: the width that a ratio asks for, and the score that ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,37 @@ class Choice:
     weight: Tensor | None = None  # (hidden, kept), the refitted reader, where it was refitted
     bias: Tensor | None = None  # (hidden,)
     narrowing: Narrowing | None = None  # of queries and keys, where the heads themselves get narrower
+
+
+def pack_plan(plan: Mapping[str, Choice]) -> dict[str, Tensor]:
+    """Choices by the names of their sites as tensors to save: `<site>.keep`, `<site>.fill`; no refitted readers."""
+    tensors: dict[str, Tensor] = {}
+    for name, choice in plan.items():
+        tensors |= {f"{name}.keep": choice.keep, f"{name}.fill": choice.fill}
+        if choice.narrowing is not None:
+            tensors |= {f"{name}.query": choice.narrowing.query, f"{name}.key": choice.narrowing.key}
+    return tensors
+
+
+def unpack_plan(tensors: Mapping[str, Tensor]) -> dict[str, Choice]:
+    """What `pack_plan` was given.
+
+    Raises:
+        ValueError: these are other tensors.
+    """
+    names = [name.removesuffix(".keep") for name in tensors if name.endswith(".keep")]
+    narrowed = {name for name in names if f"{name}.query" in tensors}
+    expected = {f"{name}.{part}" for name in names for part in ("keep", "fill")}
+    expected |= {f"{name}.{part}" for name in narrowed for part in ("query", "key")}
+    if not names or set(tensors) != expected:
+        raise ValueError(
+            "expected <site>.keep and <site>.fill for every site, and <site>.query and <site>.key where heads are "
+            "narrower"
+        )
+    narrowings = {name: Narrowing(tensors[f"{name}.query"], tensors[f"{name}.key"]) for name in narrowed}
+    return {
+        name: Choice(tensors[f"{name}.keep"], tensors[f"{name}.fill"], narrowing=narrowings.get(name)) for name in names
+    }
 
 
 def kept_width(width: int, ratio: float, step: int) -> int:

@@ -122,7 +122,7 @@ SPOILED = {
     "absurd width": (spoil_shape, "do not belong together"),
     "absurd depth": (spoil_blocks, "expected 1 to 1000"),
     "config not JSON": (spoil_config, "not readable JSON"),
-    "unknown model type": (spoil_type, "'mamba', which is not supported. Supported: bert, camembert, "),
+    "unknown model type": (spoil_type, "'mamba', which is not supported. Supported: beit, bert, camembert, "),
     "class of another kind": (spoil_class, "Custom code is never run"),
     "quantized": (spoil_quantized, "quantized"),
     "no weights": (spoil_weights, "holds no weights"),

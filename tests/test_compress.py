@@ -327,15 +327,6 @@ def test_a_disk_that_is_too_small_is_seen_before_work(
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_a_run_that_was_killed_is_not_mistaken_for_a_result(tmp_path: Path, text: Path) -> None:
-    (tmp_path / "cut.partial").mkdir()
-    result = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--samples", 4)
-    assert result.exit_code == 1
-    assert "did not end" in result.stderr
-    assert compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--samples", 4, "--force").exit_code == 0
-    assert not (tmp_path / "cut.partial").exists()
-
-
 def test_the_chat_template_travels(tmp_path: Path, text: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(EXAMPLES / "llama-mini", source)

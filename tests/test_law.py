@@ -1,5 +1,6 @@
 """The law: the written checkpoint computes what the original computes with its cut neurons held at their fills."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from prune_peak.export import Export
 from prune_peak.families import FAMILIES
 from prune_peak.hosts import choose_target, lay_out
 from prune_peak.planning import narrow_heads
-from prune_peak.selection import select
+from prune_peak.selection import Choice, select
 from prune_peak.sites import Site, cuttable_kinds, find_sites
 from prune_peak.source import Source, open_source
 
@@ -62,14 +63,17 @@ def cut_tiny(
     kept = {site.kind: kept_mlp(site) if site.kind == "mlp" else kept_attention(site) for site in sites}
     target = choose_target(source, sites, kept, source.dtype)
     batches = batches or into_batches(random_inputs(source.blank, 6)[source.blank.main_input_name], tokens=128)
+    plans: dict[int, dict[str, Choice]] = defaultdict(dict)
+    for observed in calibrate(source, target.sites, batches, torch.float32):
+        site, summary = observed.site, observed.stats.summarize()
+        weight = site.as_matrix(source.read(site.weight))
+        choice = select(site, summary, weight, kept[site.kind], fill)
+        if site.narrowed:
+            choice = replace(choice, narrowing=narrow_heads(observed, kept[site.kind])[0])
+        plans[site.block][site.name] = choice
     with Export(target, lay_out(target), output) as export:
-        for observed in calibrate(source, target.sites, batches, torch.float32):
-            weight = observed.site.as_matrix(source.read(observed.site.weight))
-            site, summary = observed.site, observed.stats.summarize()
-            choice = select(site, summary, weight, kept[site.kind], fill)
-            if site.narrowed:
-                choice = replace(choice, narrowing=narrow_heads(observed, kept[site.kind])[0])
-            export.write_site(site, choice)
+        for block, plan in plans.items():
+            export.write_block(block, plan)
         export.finish()
     return source
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -16,18 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
+from prune_peak.evidence import Evidence, Gram, Grams, Rows, Tape
 from prune_peak.folding import fold
-from prune_peak.refit import (
-    PROJECTIONS,
-    PROTECTED,
-    Evidence,
-    Gram,
-    Grams,
-    NormalEquations,
-    eliminate,
-    output_error,
-    refit_best,
-)
+from prune_peak.refit import PROJECTIONS, PROTECTED, Fitting, eliminate, output_error, refit_best
 from prune_peak.selection import Choice
 
 NEURONS, HIDDEN, KEPT = 24, 6, 15
@@ -57,7 +49,7 @@ def site() -> tuple[Tensor, Tensor, Choice]:
 def test_without_a_ridge_it_is_least_squares() -> None:
     values = correlated(400)
     weight, bias, choice = site()
-    columns, offset = NormalEquations(weight, bias, choice, gram_of(values).moments()).solve(1e-10)
+    columns, offset = Fitting(weight, bias, choice, gram_of(values).moments()).solve(1e-10)
     design = numpy.concatenate([values[:, choice.keep].numpy(), numpy.ones((400, 1))], axis=1)
     wanted = (values @ weight.T + bias).numpy()
     solution = numpy.linalg.lstsq(design.astype(float), wanted.astype(float), rcond=None)[0]
@@ -68,7 +60,7 @@ def test_without_a_ridge_it_is_least_squares() -> None:
 
 def test_an_infinite_ridge_is_the_pure_fold() -> None:
     weight, bias, choice = site()
-    equations = NormalEquations(weight, bias, choice, gram_of(correlated(400)).moments())
+    equations = Fitting(weight, bias, choice, gram_of(correlated(400)).moments())
     for ridge in (math.inf, 1e12):
         columns, offset = equations.solve(ridge)
         assert torch.allclose(columns, weight[:, choice.keep], atol=1e-5)
@@ -78,7 +70,7 @@ def test_an_infinite_ridge_is_the_pure_fold() -> None:
 def test_keeping_all_is_the_identity() -> None:
     weight, bias, _ = site()
     everything = Choice(torch.arange(NEURONS), torch.zeros(NEURONS))
-    columns, offset = NormalEquations(weight, bias, everything, gram_of(correlated(99)).moments()).solve(0.1)
+    columns, offset = Fitting(weight, bias, everything, gram_of(correlated(99)).moments()).solve(0.1)
     assert torch.allclose(columns, weight, atol=1e-6)
     assert torch.allclose(offset, bias, atol=1e-6)
 
@@ -128,6 +120,34 @@ def test_moments_are_those_of_all_tokens(dtype: torch.dtype) -> None:
         assert torch.allclose(moments.covariance.double(), part.T.cov(correction=0), atol=1e-3)
 
 
+@pytest.mark.parametrize("about_zero", [False, True])
+@pytest.mark.parametrize("tokens", [12, 60])
+def test_rows_tell_what_moments_tell(tokens: int, about_zero: bool) -> None:
+    """Few tokens or many, ridge regression and its error are the same from activations as from their products."""
+    values = correlated(tokens) + 3
+    weight, bias, choice = site()
+    if about_zero:
+        choice = replace(choice, fill=torch.zeros(NEURONS))
+    grams, tape = Grams(values[0].clone()), Tape()
+    for batch in values.split(7):
+        grams.add(batch)
+        tape.add(batch)
+    pair = grams.evidence(), tape.evidence()
+    for name in ("fitted", "held_out", "whole"):
+        moments, rows = (getattr(part.about_zero() if about_zero else part, name) for part in pair)
+        assert torch.allclose(rows.mean, moments.mean, atol=1e-6)
+        assert torch.allclose(rows.variance, moments.variance, rtol=1e-4)
+        for ridge in (0.01, 1.0, math.inf):
+            columns, offset = Fitting(weight, bias, choice, moments).solve(ridge)
+            columns_of_rows, offset_of_rows = Fitting(weight, bias, choice, rows).solve(ridge)
+            assert torch.allclose(columns_of_rows, columns, atol=2e-3)
+            assert torch.allclose(offset_of_rows, offset, atol=2e-2)
+            refitted = replace(choice, weight=columns, bias=offset)
+            assert output_error(weight, bias, refitted, rows) == pytest.approx(
+                output_error(weight, bias, refitted, moments), rel=1e-3, abs=1e-4
+            )
+
+
 def test_projections_tell_the_error_of_a_wide_output() -> None:
     """The ridge is chosen on fewer outputs; it must be as good as one chosen on all of them."""
     values = correlated(300)
@@ -161,13 +181,15 @@ def test_nothing_blows_up(name: str) -> None:
     held_out = Gram(fitted.pivot)
     held_out.add(values[border:])
     keep = eliminate(site_of(weight.shape[1]), weight, fitted.moments(), KEPT)
-    result, report = refit_best(weight, bias, Choice(keep, choice.fill), evidence_of(fitted, held_out))
-    assert result.weight is not None
-    assert result.bias is not None
-    assert bool(result.weight.isfinite().all())
-    assert bool(result.bias.isfinite().all())
-    assert result.weight.abs().max() < 100 * weight.abs().max()
-    assert report.error <= 1, "worse than the pure fold on held-out tokens"
+    rows = Evidence(Rows(values[:border]), Rows(values[border:]), Rows(values))
+    for evidence in (evidence_of(fitted, held_out), rows):
+        result, report = refit_best(weight, bias, Choice(keep, choice.fill), evidence)
+        assert result.weight is not None
+        assert result.bias is not None
+        assert bool(result.weight.isfinite().all())
+        assert bool(result.bias.isfinite().all())
+        assert result.weight.abs().max() < 100 * weight.abs().max()
+        assert report.error <= 1, "worse than the pure fold on held-out tokens"
 
 
 def test_noise_that_tells_nothing_is_not_fitted() -> None:

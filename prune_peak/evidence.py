@@ -1,0 +1,229 @@
+"""What the refit knows of a site's neurons: how they vary together over the tokens of the calibration.
+
+With enough tokens, `Moments`: means and covariances, gathered as sums of products; their size does not grow with the
+tokens. With fewer tokens than neurons, `Rows`: the activations themselves, smaller then, and cheaper to solve with.
+Ridge regression gives the same from either; in terms of tokens it is
+
+    X_k (X_k' X_k + t r s I)^-1 = (X_k X_k' + t r s I)^-1 X_k          (t tokens)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TRIANGLE_BLOCK = 256  # columns
+HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
+
+# ridge, as a share of the mean variance -> the change of the kept columns, (hidden, kept) float64
+Solve = Callable[[float], Tensor]
+
+
+class Knowledge(Protocol):
+    """What is known of the neurons over some tokens."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(neurons,) float64."""
+
+    @property
+    def variance(self) -> Tensor:
+        """(neurons,) float32."""
+
+    def error(self, change: Tensor, constant: Tensor) -> float:
+        """The mean over tokens of the squared norm of change @ x + constant; (hidden, neurons) and (hidden,)."""
+
+    def regress(self, keep: Tensor, cut: Tensor, lost: Tensor) -> Solve:
+        """Ridge regression of lost @ x_cut on x_keep; lost is (hidden, cut) float32."""
+
+    def about_zero(self) -> "Knowledge":
+        """The same, reckoned about zero in place of the mean: for where there is no bias to shift."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means and covariances of all neurons of a site."""
+
+    mean: Tensor  # (neurons,) float64
+    covariance: Tensor  # (neurons, neurons) float32
+
+    @property
+    def variance(self) -> Tensor:
+        return self.covariance.diagonal()
+
+    def error(self, change: Tensor, constant: Tensor) -> float:
+        shift = change.double() @ self.mean + constant
+        return float(((change @ self.covariance) * change).sum() + shift.square().sum())
+
+    def regress(self, keep: Tensor, cut: Tensor, lost: Tensor) -> Solve:
+        rows = self.covariance[keep]
+        matrix, target = rows[:, keep].double(), (rows[:, cut] @ lost.T).double()
+        scale = _scale(self)
+
+        def solve(ridge: float) -> Tensor:
+            ridged = matrix.clone()
+            ridged.diagonal().add_(ridge * scale)
+            return torch.cholesky_solve(target, torch.linalg.cholesky(ridged)).T
+
+        return solve
+
+    def about_zero(self) -> "Moments":
+        narrow = self.mean.float()
+        return Moments(torch.zeros_like(self.mean), self.covariance.addr(narrow, narrow))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The activations of all neurons of a site, token by token."""
+
+    values: Tensor  # (tokens, neurons), in the type they were computed in
+    is_centred: bool = True  # about the mean; otherwise about zero
+
+    @cached_property
+    def mean(self) -> Tensor:
+        if not self.is_centred:
+            return torch.zeros(self.values.shape[1], dtype=torch.float64)
+        return self.values.mean(0, dtype=torch.float64)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._deviations(slice(None)).square().mean(0)
+
+    def error(self, change: Tensor, constant: Tensor) -> float:
+        return float((self.values.float() @ change.T + constant.float()).square().sum(1).mean())
+
+    def regress(self, keep: Tensor, cut: Tensor, lost: Tensor) -> Solve:
+        kept = self._deviations(keep)
+        kernel, target = (kept @ kept.T).double(), (self._deviations(cut) @ lost.T).double()
+        scale = _scale(self) * len(kept)
+
+        def solve(ridge: float) -> Tensor:
+            ridged = kernel.clone()
+            ridged.diagonal().add_(ridge * scale)
+            weights = torch.cholesky_solve(target, torch.linalg.cholesky(ridged))  # (tokens, hidden)
+            return (weights.T.float() @ kept).double()
+
+        return solve
+
+    def about_zero(self) -> "Rows":
+        return Rows(self.values, is_centred=False)
+
+    def _deviations(self, neurons: Tensor | slice) -> Tensor:
+        return self.values[:, neurons].float() - self.mean[neurons].float()
+
+
+def _scale(knowledge: Knowledge) -> float:
+    """The mean variance of a neuron; where all are dead, enough to leave a matrix invertible."""
+    return max(float(knowledge.variance.mean()), 1e-30)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known over most tokens, over those held out, and over all."""
+
+    fitted: Knowledge
+    held_out: Knowledge
+    whole: Knowledge
+
+    def about_zero(self) -> "Evidence":
+        return Evidence(self.fitted.about_zero(), self.held_out.about_zero(), self.whole.about_zero())
+
+
+class Gram:
+    """Sums and sums of products of all neurons of a site, about a pivot.
+
+    Activations in bfloat16 are taken about zero: their products are then exact in a float32 sum, at the speed that the
+    processor has for bfloat16.
+
+    Example:
+        >>> gram = Gram(torch.zeros(2))
+        >>> gram.add(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> moments = gram.moments()
+        >>> moments.mean.tolist(), moments.covariance.tolist()
+        ([2.0, 0.0], [[1.0, 0.0], [0.0, 0.0]])
+    """
+
+    def __init__(self, pivot: Tensor) -> None:
+        self.pivot = pivot
+        self.count = 0
+        self.sum = torch.zeros(len(pivot), dtype=torch.float64)
+        self.products = torch.zeros(len(pivot), len(pivot))  # the lower triangle; blocks above it are left out
+
+    def add(self, values: Tensor) -> None:
+        """Count a batch of activations, (tokens, neurons), always of one type."""
+        if self.count == 0 and values.dtype is torch.bfloat16:
+            self.pivot = torch.zeros_like(self.pivot)
+        centred = values.float() - self.pivot
+        self.count += len(values)
+        self.sum += centred.sum(0, dtype=torch.float64)
+        with _exact_products(values.dtype):
+            for start in range(0, len(self.pivot), TRIANGLE_BLOCK):
+                columns = centred[:, start : start + TRIANGLE_BLOCK]
+                self.products[start:, start : start + TRIANGLE_BLOCK].addmm_(centred[:, start:].T, columns)
+
+    def merged(self, other: "Gram") -> "Gram":
+        """Both together; they must share the pivot."""
+        both = Gram(self.pivot)
+        both.count, both.sum = self.count + other.count, self.sum + other.sum
+        both.products = self.products + other.products
+        return both
+
+    def moments(self) -> Moments:
+        shift = self.sum / self.count
+        products = self.products.tril()
+        products += products.tril(-1).T
+        narrow = shift.float()
+        return Moments(self.pivot.double() + shift, products.div_(self.count).addr_(narrow, narrow, alpha=-1))
+
+
+class Grams:
+    """Gathers `Moments`."""
+
+    def __init__(self, pivot: Tensor) -> None:
+        self.fitted, self.held_out = Gram(pivot), Gram(pivot)
+
+    def add(self, values: Tensor) -> None:
+        """Count a batch of activations, (tokens, neurons)."""
+        fitted, held_out = _parted(values)
+        self.fitted.add(fitted)
+        self.held_out.add(held_out)
+
+    def evidence(self) -> Evidence:
+        return Evidence(self.fitted.moments(), self.held_out.moments(), self.fitted.merged(self.held_out).moments())
+
+
+class Tape:
+    """Gathers `Rows`."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        """Keep a batch of activations, (tokens, neurons)."""
+        self.batches.append(values)
+
+    def evidence(self) -> Evidence:
+        fitted, held_out = zip(*map(_parted, self.batches), strict=True)
+        return Evidence(*(Rows(torch.cat(parts)) for parts in (fitted, held_out, self.batches)))
+
+
+def _parted(values: Tensor) -> Sequence[Tensor]:
+    """What the refit is fitted on, and what is held out."""
+    return values.tensor_split([len(values) * (HELD_OUT - 1) // HELD_OUT])
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of what came from bfloat16, and so loses nothing by it, run as bfloat16 ones."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if dtype is torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,112 @@
+"""A run that was stopped goes on where it was, and ends with the same bytes; what it left serves no other run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from test_compress import compress, digests
+
+from prune_peak import planning
+from prune_peak.progress import Progress
+
+MODEL = EXAMPLES / "llama-mini"
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def interrupt_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C once so many blocks are finished."""
+    note = Progress.note
+    count = 0
+
+    def noting(self: Progress, *args: object) -> None:
+        nonlocal count
+        note(self, *args)  # type: ignore[arg-type]
+        count += 1
+        if count == blocks:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "note", noting)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, text: Path) -> Path:
+    """What a run leaves that was interrupted after two of its four blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch)
+        result = compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit")
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
+    assert not (tmp_path / "cut").exists()
+    return tmp_path / "cut.partial"
+
+
+def test_the_same_command_goes_on(stopped: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decided = []
+    refit_best = planning.refit_best
+    monkeypatch.setattr(planning, "refit_best", lambda *args: decided.append(1) or refit_best(*args))
+    assert compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit").exit_code == 0
+    resumed = len(decided)
+    assert compress(MODEL, tmp_path / "whole", text, "--samples", 4, "--refit").exit_code == 0
+    assert len(decided) == resumed + (resumed + 2)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    assert not stopped.exists()
+
+
+def test_what_was_damaged_is_done_again(stopped: Path, tmp_path: Path, text: Path) -> None:
+    path = stopped / "checkpoint" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, path)
+    assert compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit").exit_code == 0
+    assert compress(MODEL, tmp_path / "whole", text, "--samples", 4, "--refit").exit_code == 0
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+
+
+def test_another_command_does_not_go_on(stopped: Path, tmp_path: Path, text: Path) -> None:
+    result = compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit", "--fill", "mean", "--seed", 1)
+    assert result.exit_code == 1
+    assert "asked for something else (fill, seed)" in result.stderr
+    assert stopped.exists()
+
+
+def test_another_text_does_not_go_on(stopped: Path, tmp_path: Path, text: Path) -> None:
+    text.write_text(text.read_text()[1000:])
+    result = compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit")
+    assert result.exit_code == 1
+    assert "another calibration" in result.stderr
+    assert stopped.exists()
+    assert compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit", "--force").exit_code == 0
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, text: Path) -> None:
+    partial = tmp_path / "cut.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("precious")
+    result = compress(MODEL, tmp_path / "cut", text, "--samples", 4)
+    assert result.exit_code == 1
+    assert "did not end" in result.stderr
+    assert (partial / "mine.txt").read_text() == "precious"
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "cut.partial").mkdir()
+    with FileLock(tmp_path / "cut.partial" / "lock"):
+        result = compress(MODEL, tmp_path / "cut", text, "--samples", 4)
+    assert result.exit_code == 1
+    assert "another run is writing" in result.stderr
+    assert compress(MODEL, tmp_path / "cut", text, "--samples", 4).exit_code == 0
+
+
+def test_killed_at_random_moments(text: Path) -> None:
+    """SIGKILL, as `bench/resume.py` does it at more moments."""
+    command = [sys.executable, BENCH / "resume.py", "--model", EXAMPLES / "opt-mini", "--calibration", text]
+    done = subprocess.run([*command, "--kills", "2", "--samples", "4"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["same bytes"] == 2
+    assert summary["source untouched"]
