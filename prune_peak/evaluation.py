@@ -10,7 +10,7 @@ fills (`ablation.py`).
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -216,14 +216,14 @@ def verify(folder: Path, original: Source | None = None) -> Verification:
     if result.passed:
         _check_loading(result, folder)
     if result.passed and original is not None:
-        plan = read_plan(folder)
+        plan: Mapping[str, Choice] = read_plan(folder)
         options = recipe["options"]
         sites = find_sites(original.blank, original.family, options["sites"], options["unit"], options["keep_shape"])
         _check_plan(sites, plan, original)
         written = open_source(str(folder))
         target = choose_target(original, sites, recipe["kept"], original.dtype, written.config.model_type)
         if options["refit"]:
-            plan = _with_refits(plan, target, written, options)
+            plan = RefittedPlan(plan, target, written, options)
         _check_tensors(result, folder, target, plan)
         _check_outputs(result, folder, original, sites, plan)
     return result
@@ -254,30 +254,37 @@ def read_plan(folder: Path) -> dict[str, Choice]:
         raise PrunePeakError(f"{folder / PLAN_FILE} is not a plan: {error}.") from None
 
 
-def _with_refits(
-    plan: Mapping[str, Choice], target: Target, written: Source, options: Mapping[str, Any]
-) -> dict[str, Choice]:
-    """The plan with the refitted readers, which only the written folder knows.
+class RefittedPlan(Mapping[str, Choice]):
+    """The plan with the refitted readers, which only the written folder knows, read one by one as they are asked for.
 
     A bias that takes the constants of two sites counts whole for the site that it belongs to.
     """
-    original = target.source
-    assert isinstance(original, Source)
-    own = {site.bias for site in target.sites}
-    theirs = find_sites(written.blank, written.family, options["sites"], options["unit"], options["keep_shape"])
-    refitted = {}
-    for site, read in zip(target.sites, theirs, strict=True):
-        choice, weight = plan[site.name], read.as_matrix(written.read(read.weight)).float()
+
+    def __init__(self, plan: Mapping[str, Choice], target: Target, written: Source, options: Mapping[str, Any]) -> None:
+        assert isinstance(target.source, Source)
+        theirs = find_sites(written.blank, written.family, options["sites"], options["unit"], options["keep_shape"])
+        self._plan, self._written, self._original = plan, written, target.source
+        self._pairs = {site.name: (site, read) for site, read in zip(target.sites, theirs, strict=True)}
+        self._own = {site.bias for site in target.sites}
+
+    def __getitem__(self, name: str) -> Choice:
+        site, read = self._pairs[name]
+        choice, weight = self._plan[name], read.as_matrix(self._written.read(read.weight)).float()
         if site.in_place:
             weight = weight[:, choice.keep]
         bias = torch.zeros(site.hidden)
-        if site.constants == site.bias or (site.constants is not None and site.constants not in own):
+        if site.constants == site.bias or (site.constants is not None and site.constants not in self._own):
             assert read.constants is not None
-            bias = written.read(read.constants).float()
-            if site.constants != site.bias and site.constants in original.names:
-                bias = bias - original.read(site.constants).float()
-        refitted[site.name] = replace(choice, weight=weight, bias=bias)
-    return refitted
+            bias = self._written.read(read.constants).float()
+            if site.constants != site.bias and site.constants in self._original.names:
+                bias = bias - self._original.read(site.constants).float()
+        return replace(choice, weight=weight, bias=bias)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan)
+
+    def __len__(self) -> int:
+        return len(self._plan)
 
 
 def _check_plan(sites: Sequence[Site], plan: Mapping[str, Choice], original: Source) -> None:
@@ -365,8 +372,9 @@ class Hooks:
     sites: Sequence[Site]
     plan: Mapping[str, Choice]
 
-    def on(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        return ablated(model, self.sites, self.plan)
+    def on(self, model: PreTrainedModel, block: int | None = None) -> AbstractContextManager[None]:
+        """The hooks of one block, or of all."""
+        return ablated(model, [site for site in self.sites if block in (None, site.block)], self.plan)
 
 
 @dataclass
@@ -420,9 +428,11 @@ class Whole:
 
 def _stream(source: Source, batches: Sequence[Batch], dtype: torch.dtype, hooks: Hooks | None = None) -> Outputs:
     stream = BlockStream(source, batches, dtype)
-    with hooks.on(stream.model) if hooks else nullcontext():
-        for _ in tqdm(stream.steps(), total=source.config.num_hidden_layers, desc="verify", unit="block"):
-            pass
+    for step in tqdm(stream.steps(), total=stream.blocks, desc="verify", unit="block"):
+        with hooks.on(stream.model, step.index) if hooks else nullcontext():
+            for _ in step.run():
+                pass
+    with hooks.on(stream.model, stream.blocks) if hooks else nullcontext():
         outputs = list(stream.outputs())
     pairs = enumerate(zip(batches, outputs, strict=True))
     return Outputs({f"prefill {number}": _real(batch, output) for number, (batch, output) in pairs})
