@@ -128,33 +128,38 @@ def measure_distributions(
         PrunePeakError: activations that are not finite.
     """
     stream = BlockStream(source, batches, dtype)
-    windows = sum(len(next(iter(batch.values()))) for batch in batches)
+    windows = [len(next(iter(batch.values()))) for batch in batches]
     for step in tqdm(stream.steps(), total=stream.blocks, desc="analyze", unit="block"):
-        pairs = [
-            (site, Shaping(site.neurons, windows), Shaping(site.neurons, sum(step.tokens)))
-            for site in sites
-            if site.block == step.index
-        ]
+        watches = [Watch(site, sum(windows), sum(step.tokens)) for site in sites if site.block == step.index]
         with ExitStack() as hooks:
-            for site, first, rest in pairs:
-                hooks.enter_context(observing(stream.model.get_submodule(site.name), _apart(first, rest)))
-            for _ in step.run():
-                pass
-        for site, first, rest in pairs:
-            if not bool(torch.isfinite(rest.stats.square_sum).all()):
+            for watch in watches:
+                hooks.enter_context(observing(stream.model.get_submodule(watch.site.name), watch.see))
+            for number in step.run():
+                for watch in watches:
+                    watch.windows = windows[number]
+        for watch in watches:
+            if not bool(torch.isfinite(watch.rest.stats.square_sum).all()):
                 raise PrunePeakError(
-                    f"{site.name} of {source.name} is given activations that are not finite in {dtype}. "
+                    f"{watch.site.name} of {source.name} is given activations that are not finite in {dtype}. "
                     "Try --dtype float32, or check the checkpoint."
                 )
-            yield Distribution(site, rest.shape(), first.shape())
+            yield Distribution(watch.site, watch.rest.shape(), watch.first.shape())
 
 
-def _apart(first: Shaping, rest: Shaping):  # type: ignore[no-untyped-def]
-    def see(neurons: Tensor) -> None:
-        first.add(neurons[:, 0])
-        rest.add(neurons[:, 1:].flatten(0, 1))
+class Watch:
+    """What one site is seen to do while its block runs, the first token of every window apart."""
 
-    return see
+    def __init__(self, site: Site, windows: int, tokens: int) -> None:
+        self.site = site
+        self.first = Shaping(site.neurons, windows)
+        self.rest = Shaping(site.neurons, tokens)
+        self.windows = 0  # of the batch that runs
+
+    def see(self, neurons: Tensor) -> None:
+        # OPT lays the tokens of all windows end to end
+        apart = neurons.reshape(self.windows, -1, self.site.neurons)
+        self.first.add(apart[:, 0])
+        self.rest.add(apart[:, 1:].flatten(0, 1))
 
 
 def describe(distribution: Distribution) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Distributions are those that numpy would find, the first token is apart, and moves are measured in deviations."""
 
+import pytest
 import torch
 from tiny import BY_NAME, VOCABULARY
 from torch import Tensor
@@ -41,8 +42,9 @@ def test_a_neuron_that_never_moves_has_no_shape_but_a_peak() -> None:
     assert shape.skewness.isnan().all()
 
 
-def test_the_first_token_is_apart(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    source = open_source(str(BY_NAME["llama-untied"].save(tmp_path)))
+@pytest.mark.parametrize("name", ["llama-untied", "opt"])  # OPT's MLP lays the tokens of all windows end to end
+def test_the_first_token_is_apart(name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    source = open_source(str(BY_NAME[name].save(tmp_path)))
     sites = find_studied(source)
     windows = torch.randint(3, VOCABULARY, (6, 32))
     found = list(measure_distributions(source, sites, into_batches(windows, tokens=64), torch.float32))
@@ -50,7 +52,7 @@ def test_the_first_token_is_apart(tmp_path) -> None:  # type: ignore[no-untyped-
     model, seen = load_whole(source, torch.float32).requires_grad_(False), []
     with observing(model.get_submodule(sites[-1].name), lambda values: seen.append(values.double())):
         model(windows)
-    last, values = found[-1], seen[0]
+    last, values = found[-1], seen[0].view(6, 32, -1)
     torch.testing.assert_close(last.first.mean, values[:, 0].mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(last.rest.mean, values[:, 1:].mean((0, 1)), rtol=1e-4, atol=1e-6)
     assert (last.first.tokens, last.rest.tokens) == (6, 6 * 31)
@@ -62,6 +64,12 @@ def test_the_first_token_is_apart(tmp_path) -> None:  # type: ignore[no-untyped-
     part = found[0].rest
     share = (part.peak[:8].abs() > part.deviation[:8] / 2).double().mean().item()
     assert rows[1]["peak_off_zero"] == share
+
+
+def test_the_most_striking_neurons_are_found_once(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    source = open_source(str(BY_NAME["llama-untied"].save(tmp_path)))
+    windows = torch.randint(3, VOCABULARY, (6, 32))
+    found = list(measure_distributions(source, find_studied(source), into_batches(windows), torch.float32))
     striking = find_striking(found, "mlp")
     assert len({(neuron.site.name, neuron.index) for neuron in striking}) == len(striking) == 3 + 5
     furthest = next(neuron for neuron in striking if neuron.why == "peak furthest from zero")
