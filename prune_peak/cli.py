@@ -390,7 +390,11 @@ def ablate(as_json: bool, quiet: bool, **options: Any) -> None:
     _settle(quiet)
     from .study import ablate as run
 
-    study = run(**{name: value for name, value in options.items() if value not in ((), None)})
+    try:
+        study = run(**{name: value for name, value in options.items() if value not in ((), None)})
+    except KeyboardInterrupt:
+        click.echo("Interrupted. The cells so far are kept; the same command goes on from there.", err=True)
+        sys.exit(130)
     if as_json:
         click.echo(json.dumps(study.to_json(), indent=2))
     else:

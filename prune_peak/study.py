@@ -116,6 +116,9 @@ def ablate(
     _check_options(fills, fractions, select, score, dtype, seeds, samples, windows)
     seeds = 1 if select == RANKED else seeds
     source = open_source(model, revision)
+    if (text if source.sees_images else images) is not None:
+        right, wrong = ("--images", "--text") if source.sees_images else ("--text", "--images")
+        raise UsageError(f"{wrong} is not for {source.name}, a {source.model_class.__name__}; pass {right}.")
     sites = sites or cuttable_kinds(source.family, keep_shape=True)
     studied = find_studied(source, sites)
     compute = dtype or default_dtype(source)

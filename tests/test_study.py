@@ -180,8 +180,12 @@ def test_a_stopped_study_goes_on(study_text: str, tmp_path: Path, monkeypatch: p
         return measure(bench, cell)
 
     monkeypatch.setattr(Bench, "measure", stop_at_the_eighth)
-    with pytest.raises(KeyboardInterrupt):
-        ablate(LLAMA, tmp_path / "stopped", calibration=study_text, **SMALL)
+    options = ["--samples", "2", "--sequence-length", "48", "--seeds", "2", "--fraction", "0", "--fraction", "0.5"]
+    output = str(tmp_path / "stopped")
+    arguments = ["ablate", "--model", LLAMA, "--calibration", study_text, "--output", output, "-q", *options]
+    stopped = CliRunner().invoke(main, arguments)
+    assert stopped.exit_code == 130
+    assert "the same command goes on" in stopped.stderr
     file = tmp_path / "stopped" / "cells.jsonl"
     assert len(file.read_text().splitlines()) == 8  # the question, and seven cells
     with file.open("a") as half:
@@ -337,6 +341,10 @@ def test_an_image_classifier_is_examined_on_labels(tmp_path: Path) -> None:
     assert rows["mlp", "resample", 0.6]["cross_entropy"] > rows["mlp", "resample", 0.0]["cross_entropy"]
     with pytest.raises(PrunePeakError, match="pass a folder of labelled ones with --images"):
         ablate(VIT, tmp_path / "other")
+    with pytest.raises(UsageError, match=r"--text is not for .*ViTForImageClassification; pass --images"):
+        ablate(VIT, tmp_path / "other", text=str(DIGITS / "held-out"))
+    with pytest.raises(UsageError, match=r"--images is not for .*LlamaForCausalLM; pass --text"):
+        ablate(LLAMA, tmp_path / "other", images=str(DIGITS / "held-out"))
 
 
 def test_no_image_is_both_calibrated_on_and_examined_by() -> None:
