@@ -137,11 +137,12 @@ def test_a_host_computes_what_the_ablated_original_does(family: str, data: st.Da
         target = choose_target(source, sites, kept, source.dtype)
         plan = {}
         (Path(folder) / "cut").mkdir()
+        for site in target.sites:
+            fill = torch.randn(site.neurons) if site.constants is not None else torch.zeros(site.neurons)
+            plan[site.name] = Choice(keep_best(site, torch.rand(site.neurons), kept[site.kind]), fill)
         with Export(target, lay_out(target), Path(folder) / "cut") as export:
-            for site in target.sites:
-                fill = torch.randn(site.neurons) if site.constants is not None else torch.zeros(site.neurons)
-                plan[site.name] = Choice(keep_best(site, torch.rand(site.neurons), kept[site.kind]), fill)
-                export.write_site(site, plan[site.name])
+            for block in {site.block for site in target.sites}:
+                export.write_block(block, {site.name: plan[site.name] for site in target.sites if site.block == block})
             export.finish()
         original, ours = load(Path(folder) / "source", tiny.head), load(Path(folder) / "cut", tiny.head)
         tokens = torch.randint(3, 97, (2, LENGTH))
