@@ -559,6 +559,8 @@ def _settle(quiet: bool) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("prune_peak").setLevel(logging.ERROR if quiet else logging.WARNING)
+    # what torchao does as transformers imports it, where it is installed, is no concern of the user's
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
