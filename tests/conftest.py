@@ -25,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write docs/law.md from what the tests measure")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """One process writes the table, for each of several would hold a part of it."""
+    if config.getoption("--write-docs"):
+        config.option.numprocesses = 0
+
+
 @pytest.fixture(scope="session")
 def law_table(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
     """Rows that the tests of the law add, one a case; `pytest tests/test_law.py --write-docs` keeps them."""
