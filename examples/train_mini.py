@@ -298,13 +298,14 @@ def make_vit_mini(output: Path) -> None:
 
 
 def main() -> None:
-    names = [*CAUSAL, "roberta-mini", "vit-mini"]
+    ready = [*CAUSAL, "vit-mini"]
+    names = [*ready, "roberta-mini"]  # the last does not learn enough yet to measure on (docs/log.md)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which models ({', '.join(names)}); all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all but the last by default")
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write them into")
     options = parser.parse_args()
     text = read_text()
-    for name in options.names or names:
+    for name in options.names or ready:
         torch.manual_seed(0)
         if name == "vit-mini":
             make_vit_mini(options.output)
