@@ -24,7 +24,7 @@ from prune_peak.budget import Budget
 from prune_peak.calibration import calibrate, into_batches
 from prune_peak.export import Export
 from prune_peak.hosts import choose_target, lay_out
-from prune_peak.planning import choose
+from prune_peak.planning import Rules, choose
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
 
@@ -70,7 +70,7 @@ def main() -> None:
             Export(target, lay_out(target), Path(folder)) as export,
         ):
             for seen in observed:
-                choice = choose(source, seen, kept["mlp"], "peak", options.score).choice
+                choice = choose(source, seen, kept["mlp"], Rules(score=options.score)).choice
                 export.write_block(seen.site.block, {seen.site.name: choice})
             export.finish()
 

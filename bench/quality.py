@@ -31,7 +31,7 @@ from prune_peak.ablation import ablated
 from prune_peak.budget import Budget
 from prune_peak.calibration import Observed, calibrate, into_batches
 from prune_peak.compression import DTYPES
-from prune_peak.planning import choose
+from prune_peak.planning import Rules, choose
 from prune_peak.selection import Choice, keep_best, select
 from prune_peak.sites import find_sites
 from prune_peak.source import Source, open_source
@@ -72,7 +72,7 @@ def constant(fill: str) -> Method:
 
 
 def ours(source: Source, observed: Observed, kept: int) -> Choice:
-    return choose(source, observed, kept, "peak", "elimination").choice
+    return choose(source, observed, kept, Rules()).choice
 
 
 METHODS: dict[str, Method] = {

@@ -23,10 +23,10 @@ from .export import RECIPE_FILE, Export
 from .hosts import AUTO as AUTO_HOST
 from .hosts import Layout, Target, choose_target, lay_out, layout_bytes
 from .images import choose_images
-from .planning import Decision, choose, choose_split
+from .planning import Decision, Rules, choose, choose_split
 from .progress import Progress
 from .refit import ELIMINATION, Refit
-from .selection import AUTO, FILLS, RANDOM, SCORES
+from .selection import AUTO, DEVIATION
 from .sites import HEAD, Site, cuttable_kinds, find_sites
 from .source import Source, open_source
 from .texts import (
@@ -148,8 +148,8 @@ def compress(
         >>> result.after.parameters < result.before.parameters              # doctest: +SKIP
         True
     """
-    score = score or (ELIMINATION if refit else "deviation")
-    _check_options(fill, score, refit, stats, samples)
+    rules = Rules(fill, score or (ELIMINATION if refit else DEVIATION), refit, seed)
+    _check_options(rules, stats, samples)
     budget = Budget(ratio, target_params, target_bytes, keep_shape)
     source = open_source(model, revision)
     found = find_sites(source.blank, source.family, budget.kinds(sites), unit, keep_shape)
@@ -162,20 +162,17 @@ def compress(
         raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
     options = {
         **budget.options,
+        **asdict(rules),
         "sites": sorted({site.kind for site in found}),
         "unit": unit,
         "keep_shape": keep_shape,
-        "fill": fill,
-        "score": score,
         "multiple_of": multiple_of,
-        "refit": refit,
         "evaluate": None if evaluate is None else name_text(evaluate),
         "host": host,
         "calibration": name_text(calibration),
         "samples": samples,
         "sequence_length": sequence_length,
         "dtype": dtype,
-        "seed": seed,
     }
     if statistics is not None:
         options |= statistics.options
@@ -190,29 +187,10 @@ def compress(
         else:
             measured = _measured_before(statistics)
         progress.insist("calibration", measured.windows.digest)
-        kept = progress.recall("kept") or splits[0]
-        if len(splits) > 1 and progress.recall("kept") is None:
-            widest = {site.kind: kept.get(site.kind, site.neurons) for site in found}
-            aimed = choose_target(source, found, widest, source.dtype, host).sites
-            kept = choose_split(source, measured.observe(aimed, True), splits, fill, score, refit)
-            progress.remember("kept", kept)
+        kept = _settle_widths(source, found, splits, host, measured, rules, progress)
         target, layout = _aim(source, found, kept, host)
-        decisions: dict[str, Decision] = {}
-        with Export(target, layout, progress.checkpoint) as export:
-            for block in sorted({site.block for site in target.sites}):
-                recalled = progress.recall_block(block)
-                if recalled and export.holds_block({name: d.choice for name, d in recalled[0].items()}, recalled[1]):
-                    decisions |= recalled[0]
-            rest = [site for site in target.sites if site.name not in decisions]
-            for block, seen in groupby(measured.observe(rest, refit or fill == AUTO), lambda seen: seen.site.block):
-                made = {
-                    observed.site.name: choose(source, observed, kept[observed.site.kind], fill, score, refit, seed)
-                    for observed in seen
-                }
-                progress.note(block, made, export.write_block(block, {name: d.choice for name, d in made.items()}))
-                decisions |= made
-            digests = export.finish()
-        _say_few(score, decisions)
+        decisions, digests = _cut(source, target, layout, kept, measured, rules, progress)
+        _say_few(rules, decisions)
         exam = exam or _set_held_out_exam(source, measured.windows)
         written = open_source(str(progress.checkpoint))
         compute = DTYPES[measured.options["dtype"]]
@@ -221,7 +199,7 @@ def compress(
         cleared = {site.kind: site.neurons - kept[site.kind] for site in target.sites if site.in_place}
         refits = {name: decision.refit for name, decision in decisions.items() if decision.refit is not None}
         options |= {"sites": sorted(kept), **measured.options}
-        recipe = _write_recipe(source, target, options, measured.windows) | {
+        recipe = _tell_recipe(source, target, options, measured.windows) | {
             "before": asdict(_measure_size(source, {})),
             "after": asdict(_measure_size(written, cleared)),
             "quality": {"before": before and asdict(before), "after": after and asdict(after)},
@@ -231,15 +209,7 @@ def compress(
             "refits": {name: asdict(fitted) for name, fitted in refits.items()},
             "tensors": digests,
         }
-        _write_json(progress.checkpoint / RECIPE_FILE, recipe)
-        verification = verify(progress.checkpoint, source)
-        if not verification.passed:
-            failed = [f"{check['check']} ({check['seen']})" for check in verification.checks if not check["passed"]]
-            raise VerificationError(
-                f"the compressed model does not compute what it should, so it was not kept: {'; '.join(failed)}."
-            )
-        recipe |= {"verification": verification.checks}
-        _write_json(progress.checkpoint / RECIPE_FILE, recipe)
+        verification = _verify(progress.checkpoint, source, recipe)
         write_card(progress.checkpoint, recipe, source)
         progress.finish()
     return Compression(
@@ -353,13 +323,74 @@ def _aim(source: Source, sites: Sequence[Site], kept: Widths, host: str) -> tupl
     return target, lay_out(target)
 
 
-def _say_few(score: str, decisions: Mapping[str, Decision]) -> None:
-    others = {decision.score for decision in decisions.values()} - {score}
+def _settle_widths(
+    source: Source,
+    sites: Sequence[Site],
+    splits: Sequence[Widths],
+    host: str,
+    measured: Measured,
+    rules: Rules,
+    progress: Progress,
+) -> Widths:
+    """How many neurons stay at every site: measured, where a target can be split over two kinds in several ways."""
+    kept: Widths = progress.recall("kept") or splits[0]
+    if len(splits) > 1 and progress.recall("kept") is None:
+        widest = {site.kind: kept.get(site.kind, site.neurons) for site in sites}
+        aimed = choose_target(source, sites, widest, source.dtype, host).sites
+        kept = choose_split(source, measured.observe(aimed, True), splits, rules)
+        progress.remember("kept", kept)
+    return kept
+
+
+def _cut(
+    source: Source,
+    target: Target,
+    layout: Layout,
+    kept: Widths,
+    measured: Measured,
+    rules: Rules,
+    progress: Progress,
+) -> tuple[dict[str, Decision], dict[str, str]]:
+    """Decide every site and write the checkpoint, block by block; the decisions, and the digests of the tensors."""
+    decisions: dict[str, Decision] = {}
+    with Export(target, layout, progress.checkpoint) as export:
+        for block in sorted({site.block for site in target.sites}):
+            recalled = progress.recall_block(block)
+            if recalled and export.holds_block({name: d.choice for name, d in recalled[0].items()}, recalled[1]):
+                decisions |= recalled[0]
+        rest = [site for site in target.sites if site.name not in decisions]
+        for block, seen in groupby(measured.observe(rest, rules.needs_evidence), lambda seen: seen.site.block):
+            made = {observed.site.name: choose(source, observed, kept[observed.site.kind], rules) for observed in seen}
+            progress.note(block, made, export.write_block(block, {name: d.choice for name, d in made.items()}))
+            decisions |= made
+        return decisions, export.finish()
+
+
+def _verify(folder: Path, source: Source, recipe: dict[str, Any]) -> Verification:
+    """Check the folder by its recipe, and write the recipe with what was seen.
+
+    Raises:
+        VerificationError: it does not compute what it should.
+    """
+    _write_json(folder / RECIPE_FILE, recipe)
+    verification = verify(folder, source)
+    if not verification.passed:
+        failed = [f"{check['check']} ({check['seen']})" for check in verification.checks if not check["passed"]]
+        raise VerificationError(
+            f"the compressed model does not compute what it should, so it was not kept: {'; '.join(failed)}."
+        )
+    recipe |= {"verification": verification.checks}
+    _write_json(folder / RECIPE_FILE, recipe)
+    return verification
+
+
+def _say_few(rules: Rules, decisions: Mapping[str, Decision]) -> None:
+    others = {decision.score for decision in decisions.values()} - {rules.score}
     if others:
         log.warning(
             "Fewer tokens than neurons at some sites: there %s chose them, not %s. More --samples choose better.",
             " ".join(others),
-            score,
+            rules.score,
         )
 
 
@@ -372,18 +403,13 @@ def _say_zero(target: Target, refit: bool) -> None:
     )
 
 
-def _check_options(fill: str, score: str, refit: bool, stats: str | Path | None, samples: int) -> None:
-    if fill not in (*FILLS, AUTO):
-        raise UsageError(f"--fill {fill}: expected one of {', '.join((*FILLS, AUTO))}.")
-    if fill == AUTO and stats is not None:
+def _check_options(rules: Rules, stats: str | Path | None, samples: int) -> None:
+    rules.check()
+    if rules.fill == AUTO and stats is not None:
         raise UsageError(f"--stats holds no held-out tokens, which --fill {AUTO} needs; name a fill.")
-    _check_samples(samples)
-    if score not in (*SCORES, RANDOM, ELIMINATION):
-        raise UsageError(f"--score {score}: expected one of {', '.join((*SCORES, RANDOM, ELIMINATION))}.")
-    if score == ELIMINATION and not refit:
-        raise UsageError(f"--score {ELIMINATION} reckons with the refit; leave out --no-refit or choose another score.")
-    if stats is not None and refit:
+    if rules.refit and stats is not None:
         raise UsageError("--stats holds no products of neurons, which the refit needs; add --no-refit.")
+    _check_samples(samples)
 
 
 def _check_samples(samples: int) -> None:
@@ -437,7 +463,7 @@ def _tell_outcome(site: Site, decision: Decision) -> dict[str, Any]:
     return outcome if decision.scores_lost is None else outcome | {"scores_lost": decision.scores_lost}
 
 
-def _write_recipe(source: Source, target: Target, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
+def _tell_recipe(source: Source, target: Target, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
     """What was done with what; no dates and no times, so that the same command gives the same bytes."""
     return {
         "prune_peak": __version__,

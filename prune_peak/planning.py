@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .budget import Widths
 from .calibration import Observed
+from .errors import UsageError
 from .evidence import Moments
 from .narrowing import Narrowing, narrow
 from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
-from .selection import AUTO, FILLS, Choice, choose_fill, lost_share, select
+from .selection import AUTO, FILLS, RANDOM, SCORES, Choice, choose_fill, lost_share, select
 from .source import Source
 
 log = logging.getLogger(__name__)
@@ -32,14 +33,51 @@ class Decision:
     score: str = ELIMINATION  # that ranked the neurons
 
 
-def choose(
-    source: Source, observed: Observed, kept: int, fill: str, score: str, refit: bool = True, seed: int = 0
-) -> Decision:
+@dataclass(frozen=True)
+class Rules:
+    """How every site is decided.
+
+    Args:
+        fill: the constant that cut neurons are held at, or "auto".
+        score: what ranks the neurons.
+        refit: whether the kept ones are refitted.
+        seed: of the random score.
+    """
+
+    fill: str = "peak"
+    score: str = ELIMINATION
+    refit: bool = True
+    seed: int = 0
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether more must be known of the neurons than their own statistics."""
+        return self.refit or self.fill == AUTO
+
+    def check(self) -> None:
+        """Refuse what is no rule.
+
+        Raises:
+            UsageError: with what was expected.
+        """
+        if self.fill not in (*FILLS, AUTO):
+            raise UsageError(f"--fill {self.fill}: expected one of {', '.join((*FILLS, AUTO))}.")
+        scores = (*SCORES, RANDOM, ELIMINATION)
+        if self.score not in scores:
+            raise UsageError(f"--score {self.score}: expected one of {', '.join(scores)}.")
+        if self.score == ELIMINATION and not self.refit:
+            raise UsageError(
+                f"--score {ELIMINATION} reckons with the refit; leave out --no-refit or choose another score."
+            )
+
+
+def choose(source: Source, observed: Observed, kept: int, rules: Rules) -> Decision:
     """What stays of a site, at which fill, and refitted if asked for."""
     site, summary = observed.site, observed.stats.summarize()
     weight = site.as_matrix(source.read(site.weight))
     bias = source.read(site.bias) if site.bias in source.names else None
     evidence = None if observed.gathered is None else observed.gathered.evidence()
+    fill, score = rules.fill, rules.score
     if site.constants is None:  # no bias to shift: all is reckoned about zero
         fill, evidence = "zero", None if evidence is None else evidence.about_zero()
     names = FILLS if fill == AUTO else [fill]
@@ -48,14 +86,14 @@ def choose(
         choices = {name: Choice(keep, choose_fill(summary, name)) for name in names}
     else:
         score = FEW_TOKENS_SCORE if score == ELIMINATION else score
-        choices = {name: select(site, summary, weight, kept, name, score, seed + site.block) for name in names}
+        choices = {name: select(site, summary, weight, kept, name, score, rules.seed + site.block) for name in names}
     best = fill
     if fill == AUTO:
         assert evidence is not None
         errors = {name: output_error(weight, bias, choice, evidence.held_out) for name, choice in choices.items()}
         best = min(errors, key=lambda name: errors[name])
     decision = Decision(choices[best], best, lost_share(summary, choices[best], weight), score=score)
-    if refit:
+    if rules.refit:
         assert evidence is not None
         choice, fitted = refit_best(weight, bias, decision.choice, evidence)
         decision = replace(decision, choice=choice, refit=fitted)
@@ -81,9 +119,7 @@ def _by_head(matrix: Tensor, heads: int) -> Tensor:
     return torch.stack([blocks[head, :, head] for head in range(heads)]).double()
 
 
-def choose_split(
-    source: Source, observed: Iterable[Observed], splits: Sequence[Widths], fill: str, score: str, refit: bool
-) -> Widths:
+def choose_split(source: Source, observed: Iterable[Observed], splits: Sequence[Widths], rules: Rules) -> Widths:
     """The split of a target over the kinds of site that loses least.
 
     The loss is the error of the sites' outputs on held-out tokens, as a share of the hidden states that they are added
@@ -103,7 +139,7 @@ def choose_split(
         for number, kept in enumerate(splits):
             width = kept.get(site.kind, site.neurons)
             if width not in errors:
-                decision = choose(source, seen, width, fill, score, refit)
+                decision = choose(source, seen, width, rules)
                 errors[width] = output_error(weight, bias, decision.choice, held_out) / seen.power
             losses[number] += errors[width]
     for kept, loss in zip(splits, losses, strict=True):

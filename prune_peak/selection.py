@@ -17,6 +17,7 @@ MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 32, 8, 512
 
 FILLS = ("peak", "mean", "median", "zero")
 AUTO = "auto"  # per site, the one that is best on held-out tokens
+DEVIATION = "deviation"  # the score that ranks without the refit
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _norms(weight: Tensor) -> Tensor:
 
 # name: (summary, fill (neurons,), weight (hidden, neurons)) -> (neurons,), the higher the more worth keeping
 SCORES: dict[str, Callable[[Summary, Tensor, Tensor], Tensor]] = {
-    "deviation": score_deviation,
+    DEVIATION: score_deviation,
     "activation-norm": score_activation_norm,
     "variance": score_variance,
     "weight-norm": score_weight_norm,
@@ -149,7 +150,7 @@ RANDOM = "random"  # the one score that needs a generator, not a function
 
 
 def select(
-    site: Site, summary: Summary, weight: Tensor, kept: int, fill: str, score: str = "deviation", seed: int = 0
+    site: Site, summary: Summary, weight: Tensor, kept: int, fill: str, score: str = DEVIATION, seed: int = 0
 ) -> Choice:
     """Keep the units whose loss would hurt most, as many of every group; ties go to the lower index.
 
