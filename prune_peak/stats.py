@@ -135,7 +135,7 @@ class Stats:
         reach = REACH * (three - quarter)
         reach[reach == 0] = torch.inf  # most tokens are alike, as after ReLU
         low, high = torch.maximum(low, quarter - reach), torch.minimum(high, three + reach)
-        self.pivot = middle
+        self.pivot = middle.contiguous()  # every token is compared with it: a strided one costs five times as much
         self.width = (high - low) / BINS
         self.low = low
         self.common = _most_repeated(ordered)
