@@ -778,11 +778,17 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         ),
         *((kind, reason) for kind, reason in i.whole.items() if all(site.kind != kind for site in i.sites)),
         ("written as", i.written_as + (f" ({i.why})" if i.why else "")),
-        ("read by", ", ".join(("transformers", *i.engines)) + " (engines: from their sources, not run)"),
+        ("read by", _readers(i.engines)),
         (f"at {i.asked}", ", ".join(f"{site.kept} of {site.neurons} {site.kind} neurons kept" for site in i.sites)),
         ("parameters", f"{i.parameters:,} -> {i.parameters_after:,} ({_change(i.parameters, i.parameters_after)})"),
         ("bytes", f"{i.bytes:,} -> {i.bytes_after:,}"),
     ]
+
+
+def _readers(engines: Sequence[str]) -> str:
+    if not engines:
+        return "transformers; of no serving engine is it known"
+    return ", ".join(("transformers", *engines)) + " (engines: from their sources, not run)"
 
 
 def _print_estimate(options: dict[str, Any], as_json: bool) -> None:

@@ -93,8 +93,10 @@ HOSTS = {
 
 # Which serving engines read a written class, biases included: read in their sources, not run here
 ENGINES: dict[str, tuple[str, ...]] = {
+    "gemma2": ("vLLM",),
     "gpt2": ("vLLM",),
     "gpt_neox": ("vLLM",),
+    "gptj": ("vLLM",),
     "granite": ("vLLM", "llama.cpp (not the converter, where heads are fewer)"),
     "hy_v3": ("vLLM, by its Transformers backend",),
     "llama": ("vLLM", "llama.cpp"),

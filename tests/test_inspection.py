@@ -1,9 +1,11 @@
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from conftest import EXAMPLES
 from safetensors.torch import load_file
@@ -12,9 +14,9 @@ from tiny import TINY, Tiny
 
 from prune_peak.cli import main
 from prune_peak.families import FAMILIES
-from prune_peak.hosts import choose_target
+from prune_peak.hosts import ENGINES, choose_target
 from prune_peak.inspection import inspect
-from prune_peak.sites import find_sites
+from prune_peak.sites import KINDS, find_sites
 from prune_peak.source import open_blueprint, open_source
 
 
@@ -87,6 +89,30 @@ def test_the_command_says_what_a_person_wants_to_know() -> None:
         "128 of 128 attention",
     ):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_the_command_names_cut_host_constants_and_engines(tiny: Tiny, tmp_path: Path) -> None:
+    """Of every kind of model, or says that there is none."""
+    config = tiny.build().config
+    config.architectures = [f"{tiny.family}{tiny.head}"]
+    config.save_pretrained(tmp_path)
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path), "--ratio", "0.5"])
+    assert result.exit_code == 0, result.output
+    said = {line[:12].strip(): line for line in result.stdout.splitlines()}
+    for kind in KINDS:
+        cut = re.search(r"(\d+) neurons .* constants go (to the bias of \S+|nowhere: .*)", said[kind])
+        assert cut or "no stock class can hold" in said[kind], said[kind]
+    assert re.search(r"mlp +\d+ neurons", said["mlp"])
+    host = re.search(r"written as +(\w+)", said["written as"])
+    assert host
+    written = getattr(transformers, host[1]).config_class.model_type
+    engines = ENGINES.get(written, ("of no serving engine is it known",))
+    assert all(engine in said["read by"] for engine in engines), said["read by"]
+
+
+def test_engines_are_named_for_classes_that_are_written() -> None:
+    assert set(ENGINES) <= set(FAMILIES)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

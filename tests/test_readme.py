@@ -1,4 +1,4 @@
-"""The README's Python, run as it stands, and its commands, parsed."""
+"""The README's Python, run as it stands, and its commands, parsed; and how CONTRIBUTING finds a family."""
 
 import re
 import shlex
@@ -11,8 +11,10 @@ from conftest import EXAMPLES
 
 import prune_peak
 from prune_peak.cli import main
+from prune_peak.families import FAMILIES
 
 README = (EXAMPLES.parent / "README.md").read_text()
+CONTRIBUTING = (EXAMPLES.parent / "CONTRIBUTING.md").read_text()
 
 
 def test_python(
@@ -50,3 +52,17 @@ def test_commands_are_ones_that_there_are() -> None:
 def test_scripts_are_ones_that_there_are() -> None:
     for script in re.findall(r"python ((?:examples|bench)/\w+\.py)", README):
         assert (EXAMPLES.parent / script).is_file(), script
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_found(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the two lines that CONTRIBUTING gives: one place in the table, and the row in full."""
+    [pattern] = re.findall(r"`grep -n '(.*?)' prune_peak/\*\.py`", CONTRIBUTING)
+    table = (EXAMPLES.parent / "prune_peak" / "families.py").read_text().splitlines()
+    rows = [line.strip() for line in table if pattern.replace("gemma", name) in line]
+    assert sum(row.startswith((f'Family("{name}",', f'"{name}",')) for row in rows) == 1, rows
+    [code] = re.findall(r'python -c "(.*)"', CONTRIBUTING)
+    exec(code.replace("gemma", name), {})
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Family(model_type='{name}',")
+    assert f"reader='{FAMILIES[name].mlp.reader}'" in shown
