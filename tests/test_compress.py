@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from prune_peak.evaluation import verify
 from prune_peak.export import PLAN_FILE
 from prune_peak.source import open_source
 
-MINI = ["opt-mini", "llama-mini", "mistral-mini"]
+MINI = ["opt-mini", "llama-mini", "mistral-mini", "roberta-mini"]
+ROBERTA = EXAMPLES / "roberta-mini"
 
 
 def run(*words: object) -> Result:
@@ -45,10 +47,12 @@ def test_trained_models_obey_the_law(name: str, fill: str, tmp_path: Path, text:
         str(EXAMPLES / name), 0.3, tmp_path / "cut", fill=fill, calibration=str(text), samples=16, refit=False
     )
     checks = {check["check"] for check in result.verification.checks}
-    assert {"same function in float32, cached decoding", "same greedy tokens", "loads with the stock class"} <= checks
+    writing = {"same function in float32, cached decoding", "same greedy tokens"}
+    assert {"same function in float32, prefill", "loads with the stock class"} <= checks
+    assert checks & writing == (set() if name == "roberta-mini" else writing)
     assert result.verification.passed
     assert result.after.parameters < result.before.parameters
-    assert result.quality_after.value < 3 * result.quality_before.value
+    assert result.quality_after.loss < result.quality_before.loss + math.log(3)
 
 
 def test_the_folder_is_whole(tmp_path: Path, text: Path) -> None:
@@ -401,37 +405,30 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path) -> 
     assert "The two do not belong together" in result.stderr
 
 
-@pytest.fixture
-def masked_lm(tmp_path: Path) -> Path:
-    """A tiny random RoBERTa with a tokenizer that knows a mask token."""
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini", mask_token="<mask>")
-    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    source = Tiny("roberta", "Roberta", "ForMaskedLM", settings).save(tmp_path / "source")
-    tokenizer.save_pretrained(source)
-    return source
-
-
-def test_an_encoder_is_cut_on_a_text(masked_lm: Path, tmp_path: Path, text: Path) -> None:
-    own = run("compress", "--model", masked_lm, "--ratio", 0.3, "--output", tmp_path / "cut", "-q")
+def test_an_encoder_is_cut_on_a_text(tmp_path: Path, text: Path) -> None:
+    own = run("compress", "--model", ROBERTA, "--ratio", 0.3, "--output", tmp_path / "cut", "-q")
     assert own.exit_code == 1
     assert "generates no text; pass one with --calibration" in own.stderr
-    result = compress(masked_lm, tmp_path / "cut", text, "--samples", 16, "--refit", "--json")
+    result = compress(ROBERTA, tmp_path / "cut", text, "--samples", 16, "--refit", "--json")
     assert result.exit_code == 0, result.output
-    quality = json.loads(result.stdout)["quality_after"]
-    assert quality["metric"] == "masked-token accuracy"
-    assert quality["text"] == "held-out windows of text.txt"
-    assert run("verify", tmp_path / "cut", "--model", masked_lm).exit_code == 0
+    before, after = (json.loads(result.stdout)[f"quality_{when}"] for when in ("before", "after"))
+    assert before["metric"] == after["metric"] == "masked-token accuracy"
+    assert before["text"] == "held-out windows of text.txt"
+    assert before["value"] > 0.35  # it has learned: the most frequent byte is 18 % of the text
+    assert after["value"] > before["value"] - 0.1
+    assert run("verify", tmp_path / "cut", "--model", ROBERTA).exit_code == 0
 
 
-def test_a_masked_lm_without_a_mask_token(
-    masked_lm: Path, tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini").save_pretrained(masked_lm)
-    result = compress(masked_lm, tmp_path / "cut", text, "--samples", 4, "--evaluate", text)
+def test_a_masked_lm_without_a_mask_token(tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = shutil.copytree(ROBERTA, tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(source)
+    result = compress(source, tmp_path / "cut", text, "--samples", 4, "--evaluate", text)
     assert result.exit_code == 1
     assert "has no mask token" in result.stderr
     with caplog.at_level("WARNING", "prune_peak"):
-        prune_peak.compress(str(masked_lm), 0.3, tmp_path / "cut", calibration=str(text), samples=16, refit=False)
+        prune_peak.compress(str(source), 0.3, tmp_path / "cut", calibration=str(text), samples=16, refit=False)
     assert "quality before and after is not measured" in caplog.text
 
 

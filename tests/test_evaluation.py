@@ -9,7 +9,14 @@ from conftest import EXAMPLES
 from tiny import Tiny
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from prune_peak.evaluation import MASKED_ACCURACY, NOT_ASKED, PERPLEXITY, has_exam, measure_quality, set_exam
+from prune_peak.evaluation import (
+    MASKED_ACCURACY,
+    NOT_ASKED,
+    PERPLEXITY,
+    has_exam,
+    measure_quality,
+    set_exam,
+)
 from prune_peak.source import Source, open_source
 from prune_peak.texts import read_windows
 
@@ -30,12 +37,8 @@ def test_perplexity_is_that_of_a_plain_loop(text: Path) -> None:
 
 
 @pytest.fixture
-def masked_lm(tmp_path: Path) -> Source:
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "opt-mini", mask_token="<mask>")
-    settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    Tiny("roberta", "Roberta", "ForMaskedLM", settings).save(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return open_source(str(tmp_path / "model"))
+def masked_lm() -> Source:
+    return open_source(str(EXAMPLES / "roberta-mini"))
 
 
 @torch.inference_mode()
@@ -58,9 +61,9 @@ def test_masked_tokens_are_predicted_as_by_a_plain_loop(masked_lm: Source, text:
 
 def test_a_fixed_share_of_ordinary_tokens_is_masked(masked_lm: Source) -> None:
     tokenizer = AutoTokenizer.from_pretrained(masked_lm.folder)
-    windows = torch.randint(10, 1000, (4, 62))
-    special = torch.full((4, 1), tokenizer.bos_token_id)
-    windows = torch.cat([special, windows, special], dim=1)
+    windows = torch.randint(10, 260, (4, 62))
+    ends = [torch.full((4, 1), token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    windows = torch.cat([ends[0], windows, ends[1]], dim=1)
     exam, again = (set_exam(masked_lm, windows, "text") for _ in range(2))
     places = []
     for window, batch, targets in zip(windows, exam.batches, exam.targets, strict=True):

@@ -201,16 +201,16 @@ def test_noise_that_tells_nothing_is_not_fitted() -> None:
     assert report.ridge is None or report.ridge >= 0.3
 
 
-@pytest.mark.parametrize("name", ["opt-mini", "llama-mini"])
+@pytest.mark.parametrize("name", ["opt-mini", "llama-mini", "roberta-mini"])
 def test_the_refit_keeps_more_than_any_constant(name: str, tmp_path: Path, text: Path) -> None:
-    """Perplexity on text that was not calibrated on; the margin is far above the noise between seeds."""
+    """Cross-entropy on text that was not calibrated on; the margin is far above the noise between seeds."""
     results = {}
     for kind, options in (("peak", {}), ("mean", {"fill": "mean"}), ("refit", {"refit": True})):
         options = {"refit": False, "samples": 96, "calibration": str(text)} | options
         result = prune_peak.compress(str(EXAMPLES / name), 0.4, tmp_path / kind, **options)
         assert result.verification.passed
-        results[kind] = result.quality_after.value
-    assert results["refit"] < 0.9 * min(results["peak"], results["mean"]), results
+        results[kind] = result.quality_after.loss
+    assert results["refit"] < min(results["peak"], results["mean"]) - 0.1, results
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral-window", "qwen2", "opt-350m"])

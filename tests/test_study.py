@@ -17,7 +17,7 @@ from prune_peak.cells import Cell
 from prune_peak.cli import main
 from prune_peak.curves import CROSS_ENTROPY, Curve, is_carried, mean_and_error
 from prune_peak.errors import PrunePeakError, UsageError
-from prune_peak.evaluation import PERPLEXITY, Exam, Grades, read_plan, set_exam, take_exam
+from prune_peak.evaluation import MASKED_ACCURACY, PERPLEXITY, Exam, Grades, read_plan, set_exam, take_exam
 from prune_peak.material import find_material, split_windows
 from prune_peak.selection import Choice
 from prune_peak.sites import KINDS, find_sites
@@ -327,6 +327,17 @@ def test_without_matplotlib_the_tables_are_written(
     assert (tmp_path / "study" / "measurements.csv").is_file()
     assert not (tmp_path / "study" / "degradation.png").exists()
     assert [record.message for record in caplog.records if "[plots]" in record.message]
+
+
+def test_a_masked_model_is_examined_on_masked_tokens(study_text: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"fills": ["mean", "resample"], "fractions": (0.6,), "seeds": 1, "samples": 6}
+    study = ablate(str(EXAMPLES / "roberta-mini"), tmp_path / "study", calibration=study_text, **options)
+    assert study.protocol["metric"] == MASKED_ACCURACY
+    rows = {(row["site"], row["fill"], row["fraction"]): row for row in study.measurements}
+    for site in KINDS:
+        assert rows[site, "mean", 0.0]["top1"] > 0.35
+        losses = [rows[site, fill, 0.6]["cross_entropy"] for fill in ("mean", "resample")]
+        assert rows[site, "mean", 0.0]["cross_entropy"] < losses[0] < losses[1]
 
 
 VIT, DIGITS = str(EXAMPLES / "vit-mini"), EXAMPLES / "digits"
