@@ -10,9 +10,11 @@ from tiny import Tiny
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from prune_peak.evaluation import (
+    GRADED_AT_ONCE,
     MASKED_ACCURACY,
     NOT_ASKED,
     PERPLEXITY,
+    grade,
     has_exam,
     measure_quality,
     set_exam,
@@ -34,6 +36,17 @@ def test_perplexity_is_that_of_a_plain_loop(text: Path) -> None:
     assert quality.standard_error == pytest.approx(quality.value * losses.std().item() / 5**0.5, rel=1e-4)
     assert quality.accuracy == pytest.approx((logits.argmax(-1) == windows[:, 1:]).float().mean().item())
     assert (quality.windows, quality.length, quality.tokens) == (5, 64, 5 * 63)
+
+
+def test_grades_are_those_of_all_logits_at_once() -> None:
+    logits, targets = torch.randn(3, 50, 20_000), torch.randint(20_000, (3, 50))
+    logits[:, ::3].scatter_(2, targets[:, ::3, None], 9.0)  # the answers that are right
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    targets[:, -1] = NOT_ASKED
+    grades = grade(logits, targets)
+    assert logits[0].numel() > 2 * GRADED_AT_ONCE
+    torch.testing.assert_close(grades.losses, losses[:, :-1].double().mean(1))
+    torch.testing.assert_close(grades.hits, torch.full((3,), 17 / 49, dtype=torch.float64))
 
 
 @pytest.fixture
