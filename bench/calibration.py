@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from prune_peak.arithmetic import fast_products
 from prune_peak.budget import Budget
 from prune_peak.calibration import calibrate, into_batches
 from prune_peak.export import Export
@@ -54,8 +55,9 @@ def main() -> None:
 
     @torch.inference_mode()
     def bare() -> None:
-        for batch in batches:
-            body(**batch, use_cache=False)
+        with fast_products():
+            for batch in batches:
+                body(**batch, use_cache=False)
 
     def ours() -> None:
         observed = calibrate(source, sites, batches, source.dtype, for_refit=options.what != "moments")
@@ -74,7 +76,7 @@ def main() -> None:
                 export.write_block(seen.site.block, {seen.site.name: choice})
             export.finish()
 
-    body(**batches[0])  # warm-up
+    bare()  # warm-up
     pairs = [(timed(bare), timed(ours)) for _ in tqdm(range(options.pairs))]
     result = {
         "model": options.model.name,

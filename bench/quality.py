@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from prune_peak.ablation import ablated
+from prune_peak.arithmetic import fast_products
 from prune_peak.budget import Budget
 from prune_peak.calibration import Observed, calibrate, into_batches
 from prune_peak.compression import DTYPES
@@ -91,7 +92,8 @@ OPTIPFAIR = "optipfair"
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     losses = []
     for window in windows.split(1):
-        logits = model(window).logits[0, :-1].float()
+        with fast_products():
+            logits = model(window).logits[0, :-1].float()
         losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]).double())
     return math.exp(torch.stack(losses).mean().item())
 

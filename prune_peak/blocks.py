@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import fast_products
 from .errors import PrunePeakError
 from .sites import blocks_path, find_blocks
 from .source import Source
@@ -78,7 +79,8 @@ class Step:
         self.ran = True
         for number, call in enumerate(self._calls):
             yield number
-            answer = self.block(self._hidden[number], *call.args, **call.kwargs)
+            with fast_products():
+                answer = self.block(self._hidden[number], *call.args, **call.kwargs)
             self._hidden[number] = answer[0] if isinstance(answer, tuple) else answer
 
     @torch.inference_mode()
@@ -120,7 +122,8 @@ class BlockStream:
         self._in_tuple = self._ask_for_tuple()
         with self._recording() as recorders, self._outer_weights(body):
             for batch in self._batches:
-                body(**batch)
+                with fast_products():
+                    body(**batch)
                 assert recorders[0].hidden is not None
                 self._hidden.append(recorders[0].hidden)
                 if any(recorder.hidden is not recorders[0].hidden for recorder in recorders):
@@ -156,7 +159,9 @@ class BlockStream:
         with self._recording() as recorders, self._outer_weights(self.model):
             for batch, hidden in zip(self._batches, self._hidden, strict=True):
                 recorders[-1].answer = hidden
-                yield self.model(**batch)
+                with fast_products():
+                    output = self.model(**batch)
+                yield output
 
     @contextmanager
     def _recording(self) -> Iterator[list[Recorder]]:

@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .ablation import ablated
+from .arithmetic import fast_products
 from .blocks import Batch, BlockStream
 from .calibration import BATCH_IMAGES, into_batches
 from .checkpoint import Checkpoint, load_tensors, tensor_bytes
@@ -415,7 +416,7 @@ class Whole:
     @torch.inference_mode()
     def run(self, batches: Sequence[Batch], teacher: Outputs | None = None) -> Outputs:
         """Prefill of every batch; then greedy decoding with a cache after the first, along the teacher's tokens."""
-        with self.hooks.on(self.model) if self.hooks else nullcontext():
+        with fast_products(), self.hooks.on(self.model) if self.hooks else nullcontext():
             logits = {f"prefill {number}": _real(batch, self.model(**batch)) for number, batch in enumerate(batches)}
             if not self.model.can_generate():
                 return Outputs(logits)

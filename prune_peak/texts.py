@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from .arithmetic import fast_products
 from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError, UsageError
 from .source import Source
@@ -234,6 +235,7 @@ def sample_own_text(source: Source, count: int, length: int, seed: int) -> Tenso
         for part in torch.empty(count * each, 1).split(PASSAGES):
             second = ordinary[torch.randint(len(ordinary), part.shape)]
             prompt = torch.cat([torch.full_like(second, first), second], dim=1)
-            passages.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)))
+            with fast_products():
+                passages.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)))
             bar.update(len(part))
     return torch.cat(passages).view(count, each * size)[:, :length].contiguous()
