@@ -1,6 +1,5 @@
 """GGUF: the same logits and the same greedy text as stock transformers, by llama.cpp itself."""
 
-import contextlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -42,25 +41,49 @@ def with_tokenizer(tiny: Tiny, folder: Path, dtype: torch.dtype = torch.float32,
     return folder
 
 
+class LlamaCpp:
+    """A file as llama.cpp computes it, in float32 where it has a choice."""
+
+    def __init__(self, file: Path) -> None:
+        cython = pytest.importorskip("cyllama.llama.llama_cpp")
+        cython.disable_logging()
+
+        class Model(cython.LlamaModel):
+            """Has what cyllama 0.2.18 asks for to know how many logits there are."""
+
+            n_vocab = property(lambda self: self.get_vocab().n_vocab)
+
+        model, parameters = Model(str(file)), cython.LlamaContextParams()
+        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 128, 1, 1
+        parameters.type_k = parameters.type_v = gguf.GGMLQuantizationType.F32  # float16 by default
+        parameters.flash_attn_type = 0  # which computes in float16
+        self.vocabulary = model.get_vocab()
+        self._batch = cython.LlamaBatch(n_tokens=128, embd=0, n_seq_max=1)
+        self._context = cython.LlamaContext(model, parameters)
+        self._seen = 0
+
+    def read(self, tokens: list[int]) -> torch.Tensor:
+        """The logits at each of these tokens, which go on from those before."""
+        self._batch.set_batch(tokens, self._seen, True)
+        self._context.decode(self._batch)
+        self._seen += len(tokens)
+        return torch.tensor([self._context.get_logits_ith(place) for place in range(len(tokens))])
+
+
+@torch.inference_mode()
 def check_same(folder: Path, file: Path, bound: float) -> None:
     """Tokens and logits of a prompt, then 24 greedy tokens."""
-    llama_cpp = pytest.importorskip("llama_cpp")
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
-    exact = llama_cpp.GGML_TYPE_F32  # of the cache, which is float16 by default
-    options = {"n_ctx": 128, "n_threads": 1, "logits_all": True, "type_k": exact, "type_v": exact}
-    with contextlib.closing(llama_cpp.Llama(str(file), verbose=False, **options)) as model:
-        assert model.tokenize(TEXT.encode(), add_bos=True, special=True) == tokens
-        assert model.detokenize(tokens).decode() == TEXT
-        model.eval(tokens)
-        seen = torch.tensor(numpy.array(model.scores[: len(tokens)]))
-        greedy = []
-        for _ in range(24):
-            greedy.append(int(model.scores[model.n_tokens - 1].argmax()))
-            model.eval(greedy[-1:])
-    with torch.inference_mode():
-        expected = stock(torch.tensor([tokens])).logits[0]
-        written = stock.generate(torch.tensor([tokens]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0]
+    model = LlamaCpp(file)
+    assert model.vocabulary.tokenize(TEXT, True, True) == tokens
+    assert model.vocabulary.detokenize(tokens) == TEXT
+    seen = model.read(tokens)
+    greedy = [int(seen[-1].argmax())]
+    while len(greedy) < 24:
+        greedy.append(int(model.read(greedy[-1:])[-1].argmax()))
+    expected = stock(torch.tensor([tokens])).logits[0]
+    written = stock.generate(torch.tensor([tokens]), max_new_tokens=24, do_sample=False, eos_token_id=None)[0]
     assert ((seen - expected).abs().max() / expected.abs().max()).item() < bound
     assert greedy == written[len(tokens) :].tolist()
 
