@@ -1,13 +1,11 @@
 """`analyze`: tables, pictures, and a report that a browser opens offline."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, dump
 from click.testing import CliRunner
 from conftest import EXAMPLES
 
@@ -16,7 +14,6 @@ from prune_peak.cli import main
 from prune_peak.errors import PrunePeakError, UsageError
 
 LLAMA = str(EXAMPLES / "llama-mini")
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURES = ("histograms-mlp", "histograms-attention", "heads", "blocks", "moves")
 
 
@@ -88,7 +85,7 @@ addEventListener("load", () => {
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [1100, 500], ids=["page", "phone"])  # headless windows are 500 wide at least
 def test_a_browser_shows_the_report(analysis: Analysis, width: int, tmp_path: Path) -> None:
     """No errors, no request, all pictures, and nothing wider than the screen."""
@@ -96,18 +93,7 @@ def test_a_browser_shows_the_report(analysis: Analysis, width: int, tmp_path: Pa
     # the probe is a script, which the report's own policy would refuse
     probed = page.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
     (tmp_path / "probed.html").write_text(probed.replace("<head>", "<head>" + PROBE))
-    assert BROWSER is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
-    command = [BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
-    shown = subprocess.run(
-        [*command, (tmp_path / "probed.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        env=os.environ | {"HOME": str(tmp_path)},
-    ).stdout
+    shown = dump(tmp_path / "probed.html", width)
     match = re.search(r'data-seen="([^"]*)"', shown)
     assert match
     seen = json.loads(match.group(1).replace("&quot;", '"'))
