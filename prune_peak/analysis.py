@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .calibration import default_dtype, into_batches
+from .calibration import DTYPES, default_dtype, into_batches
 from .cells import INTACT, Cell
-from .compression import DTYPES
 from .curves import is_carried, mean_and_error
 from .distributions import REST, Distribution, Move, Neuron, compare, describe, find_striking, measure_distributions
 from .errors import PrunePeakError, UsageError

@@ -3,10 +3,13 @@
 A dry pass, in which a recorder stands in for every block, tells what the model hands to each of them (masks and
 positions differ by block in some families). Then each block in turn gets its weights, runs over all batches, and gives
 its memory back. The numbers are those of the whole forward, bit for bit.
+
+Where the hidden states of all batches are too many for the memory, they lie in a file.
 """
 
 import ctypes
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,11 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .arithmetic import fast_products
+from .checkpoint import tensor_bytes
 from .errors import PrunePeakError
 from .sites import blocks_path, find_blocks
 from .source import Source
+
+CPU = torch.device("cpu")
 
 Batch = dict[
     str, Tensor
@@ -31,6 +38,25 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Twins:
+    """Keeps one of tensors that are alike: rotary tables and masks are the same for every batch of one shape."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+
+    def share(self, call: Call) -> Call:
+        """The call, with tensors that are there already in place of its own."""
+        return Call(*tree_map_only(Tensor, self._first, (call.args, call.kwargs)))
+
+    def _first(self, tensor: Tensor) -> Tensor:
+        known = self._known.setdefault((tensor.shape, tensor.dtype), [])
+        for other in known:
+            if other is tensor or torch.equal(other, tensor):
+                return other
+        known.append(tensor)
+        return tensor
 
 
 class Seen(Exception):  # noqa: N818 - it tells no mistake
@@ -57,40 +83,100 @@ class Recorder(nn.Module):
         return (answer, None) if self.in_tuple else answer
 
 
+class States:
+    """The hidden states of every batch: in memory, or in a file that goes with them."""
+
+    def __init__(self, spills: bool = False) -> None:
+        self.shapes: list[torch.Size] = []
+        self._held: list[Tensor] = []
+        self._dtype = torch.float32
+        self._file = tempfile.TemporaryFile() if spills else None  # noqa: SIM115 - closes as it is forgotten
+
+    def append(self, hidden: Tensor) -> None:
+        """Keep those of one more batch; all are of one type."""
+        self.shapes.append(hidden.shape)
+        self._dtype = hidden.dtype
+        if self._file is None:
+            self._held.append(hidden)
+        else:
+            self._file.seek(self._offset(len(self.shapes) - 1))
+            self._file.write(tensor_bytes(hidden))
+
+    def __getitem__(self, number: int) -> Tensor:
+        if self._file is None:
+            return self._held[number]
+        hidden = torch.empty(self.shapes[number], dtype=self._dtype)
+        self._file.seek(self._offset(number))
+        self._file.readinto(tensor_bytes(hidden))
+        return hidden
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        if self._file is None:
+            self._held[number] = hidden
+        else:
+            self._file.seek(self._offset(number))
+            self._file.write(tensor_bytes(hidden))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _offset(self, number: int) -> int:
+        return self._dtype.itemsize * sum(shape.numel() for shape in self.shapes[:number])
+
+
 class Step:
     """One block with its weights in place, and the hidden states before it."""
 
-    def __init__(self, index: int, block: nn.Module, hidden: list[Tensor], calls: list[Call]) -> None:
+    def __init__(
+        self, index: int, block: nn.Module, states: States, calls: Sequence[Call], device: torch.device
+    ) -> None:
         self.index = index
         self.block = block
-        self._hidden = hidden
+        self._states = states
         self._calls = calls
+        self._device = device
         self.ran = False
 
     @property
     def tokens(self) -> list[int]:
         """The tokens (or patches) of each batch."""
-        return [hidden.shape[:-1].numel() for hidden in self._hidden]
+        return [shape[:-1].numel() for shape in self._states.shapes]
 
     @torch.inference_mode()
     def run(self) -> Iterator[int]:
         """Give each batch's number, then run the block over it; the hidden states move on in place."""
         assert not self.ran
         self.ran = True
-        for number, call in enumerate(self._calls):
+        for number in range(len(self._calls)):
             yield number
-            with fast_products():
-                answer = self.block(self._hidden[number], *call.args, **call.kwargs)
-            self._hidden[number] = answer[0] if isinstance(answer, tuple) else answer
+            self._states[number] = self.answer(number).cpu()
+
+    @torch.inference_mode()
+    def answer(self, number: int) -> Tensor:
+        """The hidden states after the block, of one batch, on the device that the block is on."""
+        call, hidden = self._calls[number], self._states[number]
+        if self._device.type != "cpu":
+            call = Call(_to_device(call.args, self._device), _to_device(call.kwargs, self._device))
+            hidden = _to_device(hidden, self._device)
+        with fast_products():
+            answer = self.block(hidden, *call.args, **call.kwargs)
+        after: Tensor = answer[0] if isinstance(answer, tuple) else answer
+        return after
 
     @torch.inference_mode()
     def power(self) -> float:
         """The squared norm of a token's hidden state, as it is now: the median, for a few tokens have giant ones."""
-        return torch.cat([hidden.float().square().sum(-1).flatten() for hidden in self._hidden]).median().item()
+        norms = [self._states[number].float().square().sum(-1).flatten() for number in range(len(self._states))]
+        return torch.cat(norms).median().item()
 
 
 class BlockStream:
     """A source's stock model over a few batches, block by block, then through the head.
+
+    Args:
+        dtype: to compute in.
+        spills: keep hidden states in a file.
+        device: where the block at hand is; what lies outside the blocks stays on the processor.
 
     Example:
         >>> stream = BlockStream(source, batches, torch.float32)    # doctest: +SKIP
@@ -99,14 +185,22 @@ class BlockStream:
         >>> for logits in stream.outputs(): ...                     # doctest: +SKIP
     """
 
-    def __init__(self, source: Source, batches: Sequence[Batch], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: Source,
+        batches: Sequence[Batch],
+        dtype: torch.dtype,
+        spills: bool = False,
+        device: torch.device = CPU,
+    ) -> None:
         self.source = source
         self.model = source.shell(dtype)
         self.dtype = dtype
         self._batches = batches
         self._blocks = list(find_blocks(self.model, source.family))
         self._path = blocks_path(self.model, source.family)
-        self._hidden: list[Tensor] = []
+        self._states = States(spills)
+        self._device = device
         self._in_tuple: bool | None = None  # not known yet
 
     @property
@@ -119,13 +213,14 @@ class BlockStream:
         """Every block in order; what the caller does not run of it is run when the next one is asked for."""
         body = self.model.base_model
         calls: list[list[Call]] = [[] for _ in self._blocks]
+        twins = Twins()
         self._in_tuple = self._ask_for_tuple()
         with self._recording() as recorders, self._outer_weights(body):
             for batch in self._batches:
                 with fast_products():
                     body(**batch)
                 assert recorders[0].hidden is not None
-                self._hidden.append(recorders[0].hidden)
+                self._states.append(recorders[0].hidden)
                 if any(recorder.hidden is not recorders[0].hidden for recorder in recorders):
                     raise PrunePeakError(
                         f"{self.source.name} changes the hidden states between its blocks (as DeBERTa's convolution "
@@ -133,10 +228,10 @@ class BlockStream:
                     )
                 for recorder, list_ in zip(recorders, calls, strict=True):
                     assert recorder.call is not None
-                    list_.append(recorder.call)
+                    list_.append(twins.share(recorder.call))
         for index, block in enumerate(self._blocks):
-            with self._weights(f"{self._path}.{index}", block):
-                step = Step(index, block, self._hidden, calls[index])
+            with self._weights(f"{self._path}.{index}", block, self._device):
+                step = Step(index, block, self._states, calls[index], self._device)
                 yield step
                 if not step.ran:
                     for _ in step.run():
@@ -157,8 +252,8 @@ class BlockStream:
     def outputs(self) -> Iterator[Any]:
         """The model's own output for each batch, once all steps are done: the hidden states through the head."""
         with self._recording() as recorders, self._outer_weights(self.model):
-            for batch, hidden in zip(self._batches, self._hidden, strict=True):
-                recorders[-1].answer = hidden
+            for number, batch in enumerate(self._batches):
+                recorders[-1].answer = self._states[number]
                 with fast_products():
                     output = self.model(**batch)
                 yield output
@@ -183,21 +278,40 @@ class BlockStream:
             yield
 
     @contextmanager
-    def _weights(self, prefix: str, module: nn.Module) -> Iterator[None]:
-        """The module's parameters, read on entry and back on `meta` on exit."""
+    def _weights(self, prefix: str, module: nn.Module, device: torch.device = CPU) -> Iterator[None]:
+        """The module's parameters, read on entry and back on `meta` on exit; its buffers on the device meanwhile."""
         blank = [(owner, leaf, value) for _, owner, leaf, value in _parameters(module)]
         for path, owner, leaf, _ in _parameters(module):
             tensor = self.source.read(".".join(part for part in (prefix, path, leaf) if part))
             # a copy, for its alignment: kernels round differently on memory that is mapped at an odd offset
             tensor = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            owner._parameters[leaf] = nn.Parameter(_to_device(tensor, device), requires_grad=False)
         self.source.checkpoint.release()
+        _move_buffers(module, device)
         try:
             yield
         finally:
             for owner, leaf, value in blank:
                 owner._parameters[leaf] = value
+            _move_buffers(module, CPU)
             _return_memory()
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """All tensors of it on the device; pinned on the way to one that the processor need not wait for."""
+
+    def move(tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
+    return value if device == CPU else tree_map_only(Tensor, move, value)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device != device:
+                owner._buffers[name] = buffer.to(device)
 
 
 def _return_memory() -> None:

@@ -15,16 +15,19 @@ from tqdm import tqdm
 
 from .blocks import Batch, BlockStream
 from .checkpoint import load_tensors, save_tensors
-from .errors import PrunePeakError
+from .errors import PrunePeakError, UsageError
 from .evidence import Gram, Grams, Moments, Tape
+from .machine import BATCH_TOKENS, Load, Machine
 from .sites import Site
-from .source import IMAGES, Source
+from .source import IMAGES, Source, count_patches
 from .stats import Stats
-from .texts import Windows
+from .texts import SELF, Windows, held_out_count, own_text_cache, window_length
 
-BATCH_TOKENS = 4096  # tokens that run through a block at once
 BATCH_IMAGES = 16  # of some 200 patches each
 STATISTICS = "prune_peak_statistics"  # the key of the metadata that tells a file of statistics
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_dtype(source: Source) -> str:
@@ -40,10 +43,37 @@ def into_batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> list[Batch]:
     return [{"input_ids": part} for part in windows.split(size)]
 
 
+def weigh(
+    source: Source,
+    sites: Sequence[Site],
+    calibration: str,
+    samples: int,
+    sequence_length: int,
+    dtype: str | None,
+    seed: int,
+    for_refit: bool,
+) -> Load:
+    """What a calibration will put on the machine.
+
+    Raises:
+        UsageError: no type is called that.
+    """
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
+    compute = DTYPES[dtype or default_dtype(source)]
+    if source.sees_images:
+        patches = count_patches(source)
+        return Load(sites, samples * patches, min(samples, BATCH_IMAGES) * patches, for_refit, compute)
+    length = window_length(source, sequence_length)
+    cached = own_text_cache(source, samples + held_out_count(samples), length, seed)
+    samples_text = calibration == SELF and not cached.is_file()
+    return Load(sites, samples * length, length, for_refit, compute, samples_text)
+
+
 @contextmanager
 def observing(reader: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
     """Show `see` the neurons that a reading module is given, (..., neurons)."""
-    handle = reader.register_forward_pre_hook(lambda _, args: see(args[0]))
+    handle = reader.register_forward_pre_hook(lambda _, args: see(args[0].cpu()))
     try:
         yield
     finally:
@@ -62,13 +92,18 @@ class Observed:
 
 
 def calibrate(
-    source: Source, sites: Sequence[Site], batches: Sequence[Batch], dtype: torch.dtype, for_refit: bool = False
+    source: Source,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    for_refit: bool = False,
+    machine: Machine = Machine(),  # noqa: B008 - frozen
 ) -> Iterator[Observed]:
     """Statistics of every site over the batches, one block at a time; padding is not counted."""
     if not sites:
         return
     masks = [batch.get("attention_mask") for batch in batches]
-    stream = BlockStream(source, batches, dtype)
+    stream = BlockStream(source, batches, dtype, machine.spills, machine.device)
     last = min(max(site.block for site in sites), stream.blocks - 1)
     power = None
     for step in tqdm(islice(stream.steps(), last + 1), total=last + 1, desc="calibrate", unit="block"):
@@ -134,7 +169,7 @@ def _watching(model: nn.Module, watches: Sequence[Watch]) -> Iterator[None]:
             stack.enter_context(observing(model.get_submodule(watch.site.name), watch.see))
             for name in watch.site.narrowed:
                 see = partial(watch.see_maker, name)
-                handle = model.get_submodule(name).register_forward_hook(lambda _, args, made, see=see: see(made))
+                handle = model.get_submodule(name).register_forward_hook(lambda _, args, made, see=see: see(made.cpu()))
                 stack.callback(handle.remove)
         yield
 

@@ -160,6 +160,10 @@ calibration_options = all_options(
     calibration_option,
     click.option("--samples", default=48, show_default=True, help="Windows (or images) of calibration."),
     computing_options,
+    click.option("--max-memory", type=Bytes(), help="Memory to keep to, e.g. 4GB.  [default: most of the machine's]"),
+    click.option(
+        "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where blocks run."
+    ),
 )
 
 

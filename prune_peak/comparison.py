@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import default_dtype
-from .compression import DTYPES, EVALUATED
+from .calibration import DTYPES, default_dtype
+from .compression import EVALUATED
 from .errors import PrunePeakError, UsageError
 from .evaluation import Exam, Grades, Quality, has_exam, set_exam, set_image_exam, sum_up, take_exam
 from .source import Source, open_source

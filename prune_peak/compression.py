@@ -5,7 +5,7 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import transformers
 
 from . import __version__
 from .budget import Budget, Widths
-from .calibration import Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics
+from .calibration import DTYPES, Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics, weigh
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, set_image_exam, verify
@@ -23,6 +23,7 @@ from .export import RECIPE_FILE, Export
 from .hosts import AUTO as AUTO_HOST
 from .hosts import Layout, Target, choose_target, lay_out, layout_bytes
 from .images import choose_images
+from .machine import PROCESSOR, Machine, plan_machine
 from .planning import Decision, Rules, choose, choose_split
 from .progress import Progress
 from .refit import ELIMINATION, Refit
@@ -49,7 +50,6 @@ VERSIONS = {
     "torch": torch.__version__,
     "transformers": transformers.__version__,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def compress(
     revision: str | None = None,
     evaluate: str | Path | None = None,
     host: str = AUTO_HOST,
+    max_memory: int | None = None,
+    device: str = PROCESSOR,
     force: bool = False,
 ) -> Compression:
     """Cut a share of a model's neurons and write a smaller checkpoint that stock transformers loads.
@@ -138,6 +140,8 @@ def compress(
             tokens); held-out windows of the calibration otherwise.
         host: the class to write: "auto", the best that holds shapes and constants; "own", the model's, where constants
             that it has no bias for are zero; or a name such as "granite".
+        max_memory: bytes that may be resident; most of the machine's memory by default.
+        device: where the block at hand runs: "cpu" or "cuda".
         force: replace an existing output.
 
     Raises:
@@ -160,6 +164,8 @@ def compress(
     splits = budget.splits(source, found, multiple_of, host)
     if len(splits) > 1 and statistics is not None:
         raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
+    load = weigh(source, found, calibration, samples, sequence_length, dtype, seed, rules.needs_evidence)
+    machine = plan_machine(source, load if statistics is None else replace(load, tokens=0), max_memory, device)
     options = {
         **budget.options,
         **asdict(rules),
@@ -173,6 +179,8 @@ def compress(
         "samples": samples,
         "sequence_length": sequence_length,
         "dtype": dtype,
+        "max_memory": max_memory,
+        "device": machine.device.type,
     }
     if statistics is not None:
         options |= statistics.options
@@ -183,7 +191,7 @@ def compress(
         _say_zero(target, refit)
     with Progress(folder, question, layout_bytes(layout), force) as progress:
         if statistics is None:
-            measured = measure(source, calibration, samples, sequence_length, dtype, seed)
+            measured = measure(source, calibration, samples, sequence_length, dtype, seed, machine)
         else:
             measured = _measured_before(statistics)
         progress.insist("calibration", measured.windows.digest)
@@ -194,8 +202,8 @@ def compress(
         exam = exam or _set_held_out_exam(source, measured.windows)
         written = open_source(str(progress.checkpoint))
         compute = DTYPES[measured.options["dtype"]]
-        before = measure_quality(source, exam, compute) if exam else None
-        after = measure_quality(written, exam, compute) if exam else None
+        before = measure_quality(source, exam, compute, machine) if exam else None
+        after = measure_quality(written, exam, compute, machine) if exam else None
         cleared = {site.kind: site.neurons - kept[site.kind] for site in target.sites if site.in_place}
         refits = {name: decision.refit for name, decision in decisions.items() if decision.refit is not None}
         options |= {"sites": sorted(kept), **measured.options}
@@ -209,7 +217,7 @@ def compress(
             "refits": {name: asdict(fitted) for name, fitted in refits.items()},
             "tensors": digests,
         }
-        verification = _verify(progress.checkpoint, source, recipe)
+        verification = _verify(progress.checkpoint, source, recipe, machine)
         write_card(progress.checkpoint, recipe, source)
         progress.finish()
     return Compression(
@@ -240,6 +248,8 @@ def save_statistics(
     dtype: str | None = None,
     seed: int = 0,
     revision: str | None = None,
+    max_memory: int | None = None,
+    device: str = PROCESSOR,
     force: bool = False,
 ) -> Statistics:
     """Measure a model once and keep its statistics in a file, for `compress(stats=...)` at several ratios.
@@ -257,7 +267,9 @@ def save_statistics(
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
     source = open_source(model, revision)
     sites = find_sites(source.blank, source.family, cuttable_kinds(source.family, keep_shape=True), keep_shape=True)
-    measured = measure(source, calibration, samples, sequence_length, dtype, seed)
+    load = weigh(source, sites, calibration, samples, sequence_length, dtype, seed, for_refit=False)
+    machine = plan_machine(source, load, max_memory, device)
+    measured = measure(source, calibration, samples, sequence_length, dtype, seed, machine)
     stats = {observed.site.name: observed.stats for observed in measured.observe(sites, False)}
     statistics = Statistics(stats, measured.windows, measured.options)
     statistics.save(path, source)
@@ -280,10 +292,9 @@ def measure(
     sequence_length: int = SEQUENCE_LENGTH,
     dtype: str | None = None,
     seed: int = 0,
+    machine: Machine = Machine(),  # noqa: B008 - frozen
 ) -> Measured:
     """Find the windows of a calibration, and be ready to measure on them."""
-    if dtype not in (None, *DTYPES):
-        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     length = None if source.sees_images else window_length(source, sequence_length)
     if length is None:
         windows = choose_images(calibration, source, samples, seed)
@@ -304,7 +315,8 @@ def measure(
     }
 
     def observe(sites: Sequence[Site], for_refit: bool) -> Iterable[Observed]:
-        return calibrate(source, sites, into_batches(windows.calibration), DTYPES[options["dtype"]], for_refit)
+        batches = into_batches(windows.calibration, machine.batch_tokens)
+        return calibrate(source, sites, batches, DTYPES[options["dtype"]], for_refit, machine)
 
     return Measured(windows, options, observe)
 
@@ -366,14 +378,14 @@ def _cut(
         return decisions, export.finish()
 
 
-def _verify(folder: Path, source: Source, recipe: dict[str, Any]) -> Verification:
+def _verify(folder: Path, source: Source, recipe: dict[str, Any], machine: Machine) -> Verification:
     """Check the folder by its recipe, and write the recipe with what was seen.
 
     Raises:
         VerificationError: it does not compute what it should.
     """
     _write_json(folder / RECIPE_FILE, recipe)
-    verification = verify(folder, source)
+    verification = verify(folder, source, machine)
     if not verification.passed:
         failed = [f"{check['check']} ({check['seen']})" for check in verification.checks if not check["passed"]]
         raise VerificationError(

@@ -33,6 +33,7 @@ from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, tell_block
 from .hosts import Target, choose_target
 from .images import read_labelled
+from .machine import Machine
 from .selection import Choice, unpack_plan
 from .sites import KINDS, UNITS, Site, find_sites, tensors_by_block
 from .source import IMAGES, Source, open_source
@@ -45,7 +46,6 @@ GRADED_AT_ONCE = 2**18  # logits, few enough for a processor's cache in float32:
 
 FLOAT32_BOUND = 2e-5  # largest difference, as a share of the logits' largest magnitude
 ROUNDING_BOUND = 1.2  # in a narrow type: distance to the exact result over the source's own distance
-WHOLE_SIZE = 600_000_000  # bytes of weights up to which both models are held whole, in float32, and decode is compared
 PROBES, STREAMED_PROBES = 8, 4  # windows of random tokens to compare on; fewer where memory is what counts
 DECODED = 24  # tokens generated in cached decoding
 
@@ -152,18 +152,28 @@ def grade(logits: Tensor, targets: Tensor) -> Grades:
     return Grades(*means)
 
 
-def take_exam(source: Source, exam: Exam, dtype: torch.dtype | None = None) -> Grades:
+def take_exam(
+    source: Source,
+    exam: Exam,
+    dtype: torch.dtype | None = None,
+    machine: Machine = Machine(),  # noqa: B008 - frozen
+) -> Grades:
     """Grade a model, block-streamed: memory holds one block."""
-    stream = BlockStream(source, exam.batches, dtype or source.dtype)
+    stream = BlockStream(source, exam.batches, dtype or source.dtype, machine.spills, machine.device)
     for _ in tqdm(stream.steps(), total=source.config.num_hidden_layers, desc=exam.metric, unit="block"):
         pass
     grades = [grade(output.logits, targets) for output, targets in zip(stream.outputs(), exam.targets, strict=True)]
     return Grades(torch.cat([part.losses for part in grades]), torch.cat([part.hits for part in grades]))
 
 
-def measure_quality(source: Source, exam: Exam, dtype: torch.dtype | None = None) -> Quality:
+def measure_quality(
+    source: Source,
+    exam: Exam,
+    dtype: torch.dtype | None = None,
+    machine: Machine = Machine(),  # noqa: B008 - frozen
+) -> Quality:
     """Let a model take an exam, and sum it up."""
-    return sum_up(exam, take_exam(source, exam, dtype), dtype or source.dtype)
+    return sum_up(exam, take_exam(source, exam, dtype, machine), dtype or source.dtype)
 
 
 def sum_up(exam: Exam, grades: Grades, dtype: torch.dtype) -> Quality:
@@ -210,7 +220,11 @@ class Verification:
         self.checks.append({"check": name, "passed": passed, "seen": seen})
 
 
-def verify(folder: Path, original: Source | None = None) -> Verification:
+def verify(
+    folder: Path,
+    original: Source | None = None,
+    machine: Machine = Machine(),  # noqa: B008 - frozen
+) -> Verification:
     """Check a folder that `compress` wrote, against its own recipe and, where given, against the original.
 
     Raises:
@@ -231,7 +245,7 @@ def verify(folder: Path, original: Source | None = None) -> Verification:
         if options["refit"]:
             plan = RefittedPlan(plan, target, written, options)
         _check_tensors(result, folder, target, plan)
-        _check_outputs(result, folder, original, sites, plan)
+        _check_outputs(result, folder, original, sites, plan, machine)
     return result
 
 
@@ -347,10 +361,15 @@ def _check_tensors(result: Verification, folder: Path, target: Target, plan: Map
 
 
 def _check_outputs(
-    result: Verification, folder: Path, original: Source, sites: Sequence[Site], plan: Mapping[str, Choice]
+    result: Verification,
+    folder: Path,
+    original: Source,
+    sites: Sequence[Site],
+    plan: Mapping[str, Choice],
+    machine: Machine,
 ) -> None:
     """The function is the ablated original's, in prefill and in cached decoding."""
-    whole = original.size <= WHOLE_SIZE
+    whole = original.size <= machine.whole_size
     batches = probe_batches(original, PROBES if whole else STREAMED_PROBES)
     hooks = Hooks(sites, plan)
     if whole:

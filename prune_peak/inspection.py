@@ -3,7 +3,6 @@
 `inspect` reads the config alone. `estimate` also opens the weights and times one block.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,24 +13,22 @@ from torch import Tensor
 
 from .blocks import BlockStream
 from .budget import Budget, Ratio, count_parameters
-from .calibration import BATCH_IMAGES, BATCH_TOKENS, calibrate, default_dtype, into_batches
+from .calibration import BATCH_IMAGES, calibrate, into_batches, weigh
 from .errors import PrunePeakError
-from .evaluation import DECODED, PROBES, WHOLE_SIZE
 from .families import FAMILIES
 from .hosts import AUTO, ENGINES, choose_target
 from .images import choose_images
+from .machine import PROCESSOR, Machine, plan_machine
 from .selection import width_step
-from .sites import HEAD, KINDS, find_blocks, find_sites
-from .source import Blueprint, Source, open_blueprint, open_source
+from .sites import HEAD, KINDS, Site, find_blocks, find_sites
+from .source import Blueprint, Source, count_patches, open_blueprint, open_source
 from .texts import (
     PASSAGES,
     SAMPLES,
     SELF,
     SEQUENCE_LENGTH,
     held_out_count,
-    own_text_cache,
     sample_own_text,
-    window_length,
 )
 
 RATIO = 0.3  # what `inspect` reckons with where none is given
@@ -39,8 +36,6 @@ RATIO = 0.3  # what `inspect` reckons with where none is given
 # What `estimate` adds to what it times
 START_SECONDS = 10.0  # imports, digests, loading
 VERIFIED_TOKENS = 5000  # verification, as tokens of a forward
-PROBED_TOKENS = PROBES * (96 + 48 + DECODED)  # whose logits verification holds
-BASE_MEMORY = 500_000_000  # bytes of a process that has imported torch and transformers
 SHORT_SAMPLE, LONGER_SAMPLE = 4, 20  # tokens
 
 
@@ -200,11 +195,13 @@ def estimate(
     sequence_length: int = SEQUENCE_LENGTH,
     dtype: str | None = None,
     seed: int = 0,
+    max_memory: int | None = None,
+    device: str = PROCESSOR,
 ) -> tuple[Inspection, Cost]:
     """Inspect a model and time one block of it, to say what `compress` would take.
 
     Raises:
-        PrunePeakError: what `compress` would refuse of the model.
+        PrunePeakError: what `compress` would refuse of the model, or of the memory.
     """
     inspection = inspect(
         model,
@@ -219,59 +216,49 @@ def estimate(
         revision=revision,
     )
     source = open_source(model, revision)
-    compute = getattr(torch, dtype or default_dtype(source))
+    kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
+    cut = find_sites(source.blank, source.family, kinds, unit, keep_shape)
+    load = weigh(source, cut, calibration, samples, sequence_length, dtype, seed, refit)
+    machine = plan_machine(source, load, max_memory, device)
     if source.sees_images:
-        held, vocabulary, embedding = 0, 0, 0
+        held, embedding = 0, 0
         windows = choose_images(calibration, source, BATCH_IMAGES, seed).calibration
-        patch = source.config.patch_size
-        patch_area = patch**2 if isinstance(patch, int) else math.prod(patch)
-        length = windows[0, 0].numel() // patch_area  # but for a token or two
+        length = count_patches(source)
     else:
-        length = window_length(source, sequence_length)
-        held, vocabulary = held_out_count(samples), source.config.vocab_size
+        held, length = held_out_count(samples), load.length
         embedding = source.blank.get_input_embeddings().weight.numel()
-        windows = torch.randint(vocabulary, (2 * max(1, BATCH_TOKENS // length), length))
+        windows = torch.randint(source.config.vocab_size, (2 * max(1, machine.batch_tokens // length), length))
     block = find_blocks(source.blank, source.family)[0]
     # Seconds that a token takes in a block, with and without statistics, and in the head
-    kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
-    neurons = max(site.neurons for site in inspection.sites)
-    observed, bare = _time_block(source, kinds, keep_shape, windows, length, compute, refit)
+    observed, bare = _time_block(source, cut, windows, length, load.dtype, refit, machine)
     head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
     forward = bare * inspection.blocks + head
     seconds = START_SECONDS + observed * inspection.blocks * samples * length
     seconds += forward * (held * length * (2 - inspection.share) + VERIFIED_TOKENS)
-
-    weights = sum(parameter.numel() for parameter in block.parameters()) + 2 * embedding
-    states = samples * length * source.config.hidden_size
-    activations = BATCH_TOKENS * (4 * neurons + 8 * source.config.hidden_size)
-    memory = (weights + states + activations) * compute.itemsize + 12 * length * vocabulary
-    if source.size <= WHOLE_SIZE:  # one model whole in float32, and the logits of three
-        memory = max(memory, 4 * source.parameters + 12 * PROBED_TOKENS * vocabulary)
-    if refit:  # two sums of products in float32, and some copies of them in float64
-        memory = max(memory, weights * compute.itemsize + 40 * neurons**2)
-    if calibration == SELF and not own_text_cache(source, samples + held, length, seed).is_file():
+    if load.samples_text:
         seconds += _time_sampling(source, seed) * (samples + held) * length
-        memory = max(memory, 2 * source.size)
-    return inspection, Cost(round(seconds / 60, 2), BASE_MEMORY + memory, inspection.bytes_after)
+    return inspection, Cost(round(seconds / 60, 2), machine.needed, inspection.bytes_after)
 
 
 def _time_block(
     source: Source,
-    kinds: Sequence[str],
-    keep_shape: bool,
+    sites: Sequence[Site],
     windows: Tensor,
     length: int,
     dtype: torch.dtype,
     refit: bool,
+    machine: Machine,
 ) -> tuple[float, float]:
     """Seconds a token takes in the first block: with its statistics taken, and without."""
-    batches = into_batches(windows)
-    sites = [site for site in find_sites(source.blank, source.family, kinds, HEAD, keep_shape) if site.block == 0]
+    batches = into_batches(windows, machine.batch_tokens)
+    sites = [site for site in sites if site.block == 0]
     began = time.perf_counter()
-    for _ in calibrate(source, sites, batches, dtype, for_refit=refit):
+    for _ in calibrate(source, sites, batches, dtype, refit, machine):
         pass
     observed = time.perf_counter() - began
-    steps = BlockStream(source, batches, dtype).steps()  # named, for its weights leave with it
+    steps = BlockStream(
+        source, batches, dtype, machine.spills, machine.device
+    ).steps()  # named, for its weights leave with it
     step = next(steps)
     began = time.perf_counter()
     for _ in step.run():

@@ -17,8 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from .calibration import default_dtype
-from .compression import DTYPES
+from .calibration import DTYPES, default_dtype
 from .errors import PrunePeakError
 from .source import Source, open_source
 

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -145,6 +146,15 @@ class Source(Blueprint):
             total.update(tensor_bytes(self.checkpoint.read(disk)))
             self.checkpoint.release()
         return total.hexdigest()
+
+
+def count_patches(source: Blueprint) -> int:
+    """What a model of images makes of one, but for a token or two."""
+
+    def area(size: Any) -> int:
+        return size**2 if isinstance(size, int) else math.prod(size)
+
+    return area(source.config.image_size) // area(source.config.patch_size)
 
 
 def open_blueprint(name: str, revision: str | None = None) -> Blueprint:

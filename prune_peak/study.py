@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from .ablation import ablated, draw_others, resampled
 from .arithmetic import fast_products
 from .blocks import Batch
-from .calibration import calibrate, default_dtype, into_batches
+from .calibration import DTYPES, calibrate, default_dtype, into_batches
 from .cells import INTACT, Cell, CellFile
-from .compression import DTYPES
 from .curves import Curve, compare_areas, draw_curves, is_carried, mean_and_error
 from .errors import UsageError
 from .evaluation import Exam, Grades, grade

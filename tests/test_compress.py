@@ -17,10 +17,11 @@ from tiny import BY_NAME, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
-from prune_peak import evaluation
+from prune_peak import machine
 from prune_peak.cli import main
 from prune_peak.evaluation import verify
 from prune_peak.export import PLAN_FILE
+from prune_peak.machine import Machine
 from prune_peak.source import open_source
 
 MINI = ["opt-mini", "llama-mini", "mistral-mini", "roberta-mini"]
@@ -437,7 +438,7 @@ def test_a_large_model_is_verified_block_by_block(
     refit: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a plan that is not the one that was written is seen."""
-    monkeypatch.setattr(evaluation, "WHOLE_SIZE", 0)
+    monkeypatch.setattr(machine, "WHOLE_SIZE", 0)
     result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4, "--fill", "mean", refit)
     assert result.exit_code == 0, result.output
     plan = load_file(tmp_path / "cut" / PLAN_FILE)
@@ -445,6 +446,6 @@ def test_a_large_model_is_verified_block_by_block(
     keep[0] = next(neuron for neuron in range(384) if neuron not in keep)
     plan["model.layers.1.mlp.down_proj.keep"] = keep.sort().values
     save_file(plan, tmp_path / "cut" / PLAN_FILE)
-    checked = verify(tmp_path / "cut", open_source(str(EXAMPLES / "llama-mini")))
+    checked = verify(tmp_path / "cut", open_source(str(EXAMPLES / "llama-mini")), Machine(whole_size=0))
     failed = [check["check"] for check in checked.checks if not check["passed"]]
     assert "same function in float32, prefill 0" in failed
