@@ -10,6 +10,7 @@ Where the hidden states of all batches are too many for the memory, they lie in 
 import ctypes
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -90,7 +91,9 @@ class States:
         self.shapes: list[torch.Size] = []
         self._held: list[Tensor] = []
         self._dtype = torch.float32
-        self._file = tempfile.TemporaryFile() if spills else None  # noqa: SIM115 - closes as it is forgotten
+        self._file = tempfile.TemporaryFile() if spills else None  # noqa: SIM115 - as long as this lives
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
 
     def append(self, hidden: Tensor) -> None:
         """Keep those of one more batch; all are of one type."""

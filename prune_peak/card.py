@@ -55,6 +55,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Source) -> None:
         shares=" and ".join(f"{share:.0%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe)),
         summary=_summarize(recipe),
         rows=list(_rows(recipe)),
+        latency=source.blank.can_generate(),
         protocol=_tell_protocol(recipe["quality"]["before"]) if recipe["quality"]["before"] else None,
         picture=PICTURE if picture else None,
         refit=recipe["options"]["refit"],

@@ -142,7 +142,7 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
         solving = 32 * neurons**2
     logits = 12 * load.length * int(getattr(config, "vocab_size", 0))
     held = block * width + states + measured + gathered
-    phases = (
+    phases: tuple[int, ...] = (
         block * (width + stored),  # while it is read
         held + batch,
         held + solving,

@@ -1,6 +1,7 @@
 """A real model: SmolLM2-135M, from the package that carries its weights. `pytest -m real`."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from smollm2 import write_smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Loads and generates where prune_peak cannot be imported: the folder needs stock transformers alone
 STOCK = """
@@ -71,3 +74,21 @@ def test_smollm2_compresses_and_loads_with_stock_transformers(smollm2: Path, pro
     english = [word for word in words if word.strip(".,:;()\"'").lower() in known]
     assert len(words) > 8
     assert len(english) > 0.7 * len(words), stock["text"]
+
+
+@pytest.mark.real
+def test_perplexity_is_that_of_a_plain_loop(smollm2: Path, prose: Path) -> None:
+    windows, length = 4, 256
+    answer = json.loads(
+        run("evaluate", smollm2, "--text", prose, "--windows", windows, "--sequence-length", length,
+            "--dtype", "float32", "--json", "-q")
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(smollm2)(prose.read_text(), verbose=False)["input_ids"]
+    losses = []
+    with torch.inference_mode():
+        for start in range(0, windows * length, length):
+            window = torch.tensor([tokens[start : start + length]])
+            losses.append(model(window, labels=window).loss.item())
+    quality = answer["comparison"]["entries"][0]["quality"]
+    assert quality["value"] == pytest.approx(math.exp(sum(losses) / windows), rel=1e-5)
