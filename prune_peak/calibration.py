@@ -1,30 +1,25 @@
-"""The statistics of a model over windows of tokens, block by block; and the file that keeps them."""
+"""The statistics of a model over windows of tokens, block by block."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .blocks import Batch, BlockStream
-from .checkpoint import load_tensors, save_tensors
 from .errors import PrunePeakError, UsageError
 from .evidence import Gram, Grams, Moments, Tape
 from .machine import BATCH_TOKENS, Load, Machine
 from .sites import Site
 from .source import IMAGES, Source, count_patches
 from .stats import Stats
-from .texts import SELF, Windows, held_out_count, own_text_cache, window_length
+from .texts import SELF, held_out_count, own_text_cache, window_length
 
 BATCH_IMAGES = 16  # of some 200 patches each
-STATISTICS = "prune_peak_statistics"  # the key of the metadata that tells a file of statistics
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -172,55 +167,3 @@ def _watching(model: nn.Module, watches: Sequence[Watch]) -> Iterator[None]:
                 handle = model.get_submodule(name).register_forward_hook(lambda _, args, made, see=see: see(made.cpu()))
                 stack.callback(handle.remove)
         yield
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """The statistics of every site of a model, and what they were taken over."""
-
-    stats: Mapping[str, Stats]  # by the site's name
-    windows: Windows
-    options: Mapping[str, Any]  # of the calibration, as the recipe tells them
-
-    def save(self, path: Path, source: Source) -> None:
-        """Write one safetensors file: `<site>/<field>` for every site, the windows, and where it all comes from.
-
-        Raises:
-            PrunePeakError: the file cannot be written.
-        """
-        tensors = {"calibration": self.windows.calibration, "held_out": self.windows.held_out}
-        for site, stats in self.stats.items():
-            tensors |= {f"{site}/{name}": value for name, value in stats.to_tensors().items()}
-        about = {"model": source.digest, "text": self.windows.source, "options": dict(self.options)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(tensors, path, {STATISTICS: json.dumps(about, sort_keys=True)})
-        except OSError as error:
-            raise PrunePeakError(f"{path} cannot be written ({error}).") from None
-
-
-def load_statistics(path: Path, source: Source, sites: Sequence[Site]) -> Statistics:
-    """Statistics that `calibrate` saved for this very model, of these sites at least.
-
-    Raises:
-        PrunePeakError: not such a file, or of another model.
-    """
-    tensors, metadata = load_tensors(path)
-    try:
-        about = json.loads(metadata[STATISTICS])
-        windows = Windows(about["text"], tensors.pop("calibration"), tensors.pop("held_out"))
-        fields: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            site, field = name.split("/")
-            fields.setdefault(site, {})[field] = value
-        stats = {site: Stats.from_tensors(values) for site, values in fields.items()}
-        model, options = about["model"], dict(about["options"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise PrunePeakError(
-            f"{path} is not a file of statistics that `prune-peak calibrate` wrote ({error!r})."
-        ) from None
-    if model != source.digest:
-        raise PrunePeakError(f"{path} holds the statistics of another model than {source.name}. Calibrate it anew.")
-    if any(site.name not in stats or stats[site.name].neurons != site.neurons for site in sites):
-        raise PrunePeakError(f"{path} does not hold statistics of every site of {source.name}. Calibrate it anew.")
-    return Statistics(stats, windows, options)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -311,9 +311,56 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of one safetensors file of our own (a plan, statistics, sampled text), and its metadata."""
+    """Every tensor of one safetensors file of our own (a plan, sampled text), and its metadata."""
     file = _open_safetensors(path)
     return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+
+
+class TensorFile:
+    """One large safetensors file of our own, read in parts; no page of it stays mapped."""
+
+    def __init__(self, path: Path) -> None:
+        file = _open_safetensors(path)
+        self.path = path
+        self.metadata: dict[str, str] = file.metadata() or {}
+        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """Copies of the tensors whose names begin with this; without it in their names."""
+        file = _open_safetensors(self.path)
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        return {name.removeprefix(prefix): file.get_tensor(name).clone() for name in names}
+
+
+def stream_tensors(
+    tensors: Iterable[tuple[str, Tensor]], path: Path, metadata: Mapping[str, str], header_size: int
+) -> None:
+    """Write one safetensors file of our own from tensors as they come, whole or not at all.
+
+    Args:
+        header_size: bytes that names, types and shapes take at most; what they leave is filled with spaces.
+
+    Raises:
+        OSError: the disk does not take it; nothing is left under the name.
+    """
+    partial = path.with_name(path.name + ".partial")
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    try:
+        with partial.open("wb") as file:
+            file.seek(8 + header_size)
+            for name, tensor in tensors:
+                start, end = end, end + file.write(tensor_bytes(tensor))
+                shape = list(tensor.shape)
+                header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            if len(text) > header_size:
+                raise ValueError(f"the header takes {len(text)} bytes, not {header_size} at most")
+            file.seek(0)
+            file.write(header_size.to_bytes(8, "little") + text.ljust(header_size))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -206,7 +206,7 @@ def main() -> None:
     "--stats",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="What `calibrate` wrote, in place of a calibration.",
+    help="What `calibrate` wrote, in place of a calibration; with `calibrate --gram` also for the refit.",
 )
 @host_option
 @revision_option
@@ -255,6 +255,12 @@ def compress(as_json: bool, quiet: bool, dry_run: bool, push_to_hub: str | None,
 @main.command()
 @click.option("--model", required=True, help="A model's folder or Hub id.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option(
+    "--gram",
+    is_flag=True,
+    help="Keep the products of neurons too, which the refit, --fill auto, --unit neuron and a target over two kinds of "
+    "site need.",
+)
 @calibration_options
 @revision_option
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
@@ -264,8 +270,8 @@ def calibrate(as_json: bool, quiet: bool, **options: Any) -> None:
 
     \b
     Example:
-      prune-peak calibrate --model ./my-model --output my-model.stats --calibration notes.txt
-      prune-peak compress --model ./my-model --ratio 0.2 --stats my-model.stats --no-refit
+      prune-peak calibrate --model ./my-model --output my-model.stats --calibration notes.txt --gram
+      prune-peak compress --model ./my-model --ratio 0.2 --stats my-model.stats
     """
     _settle(quiet)
     from .compression import save_statistics
@@ -274,7 +280,7 @@ def calibrate(as_json: bool, quiet: bool, **options: Any) -> None:
     windows = statistics.windows
     images = windows.calibration.is_floating_point()
     unit, amount = ("images", len(windows.calibration)) if images else ("tokens", windows.calibration.numel())
-    answer = {"output": str(options["output"]), "sites": len(statistics.stats), unit: amount}
+    answer = {"output": str(options["output"]), "sites": statistics.sites, unit: amount}
     if as_json:
         click.echo(json.dumps(answer | {"options": dict(statistics.options)}, indent=2))
     else:
@@ -798,7 +804,7 @@ def _readers(engines: Sequence[str]) -> str:
 def _print_estimate(options: dict[str, Any], as_json: bool) -> None:
     from .inspection import estimate
 
-    unused = ("output", "fill", "score", "stats", "evaluate", "force")
+    unused = ("output", "fill", "score", "evaluate", "force")
     inspection, cost = estimate(**{name: value for name, value in options.items() if name not in unused})
     if as_json:
         click.echo(json.dumps(inspection.to_json() | cost.to_json(), indent=2))

@@ -15,7 +15,7 @@ import transformers
 
 from . import __version__
 from .budget import Budget, Widths
-from .calibration import DTYPES, Observed, Statistics, calibrate, default_dtype, into_batches, load_statistics, weigh
+from .calibration import DTYPES, Observed, calibrate, default_dtype, into_batches, weigh
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, set_image_exam, verify
@@ -28,8 +28,9 @@ from .planning import Decision, Rules, choose, choose_split
 from .progress import Progress
 from .refit import ELIMINATION, Refit
 from .selection import AUTO, DEVIATION
-from .sites import HEAD, Site, cuttable_kinds, find_sites
+from .sites import HEAD, NEURON, Site, cuttable_kinds, find_sites
 from .source import Source, open_source
+from .stats_file import Statistics, load_statistics, write_statistics
 from .texts import (
     SAMPLES,
     SELF,
@@ -153,17 +154,16 @@ def compress(
         True
     """
     rules = Rules(fill, score or (ELIMINATION if refit else DEVIATION), refit, seed)
-    _check_options(rules, stats, samples)
+    rules.check()
+    _check_samples(samples)
     budget = Budget(ratio, target_params, target_bytes, keep_shape)
     source = open_source(model, revision)
     found = find_sites(source.blank, source.family, budget.kinds(sites), unit, keep_shape)
-    if stats is not None and any(site.narrowed for site in found):
-        raise UsageError(f"--stats holds no products of queries and keys, which --unit {unit} needs; leave it out.")
     statistics = None if stats is None else load_statistics(Path(stats), source, found)
     exam = None if evaluate is None else _set_exam_on(evaluate, source, sequence_length)
     splits = budget.splits(source, found, multiple_of, host)
-    if len(splits) > 1 and statistics is not None:
-        raise UsageError("--stats cannot tell how to split a target over two kinds of site; pass --ratio.")
+    if statistics is not None:
+        statistics.check(found, rules.refit, rules.fill == AUTO, len(splits) > 1)
     load = weigh(source, found, calibration, samples, sequence_length, dtype, seed, rules.needs_evidence)
     machine = plan_machine(source, load if statistics is None else replace(load, tokens=0), max_memory, device)
     options = {
@@ -250,30 +250,39 @@ def save_statistics(
     revision: str | None = None,
     max_memory: int | None = None,
     device: str = PROCESSOR,
+    gram: bool = False,
     force: bool = False,
 ) -> Statistics:
     """Measure a model once and keep its statistics in a file, for `compress(stats=...)` at several ratios.
+
+    Args:
+        model, calibration, samples, sequence_length, dtype, seed, revision: as `compress` takes them.
+        output: the file to write.
+        gram: keep the products of neurons as well, which the refit needs: two matrices of neurons by neurons a site.
+        force: replace an existing output.
 
     Raises:
         PrunePeakError: bad input, or a file that is there already and `force` is not given.
 
     Example:
-        >>> save_statistics("examples/opt-mini", "opt-mini.stats")       # doctest: +SKIP
-        >>> compress("examples/opt-mini", 0.2, stats="opt-mini.stats")   # doctest: +SKIP
+        >>> save_statistics("examples/opt-mini", "opt-mini.stats", gram=True)   # doctest: +SKIP
+        >>> compress("examples/opt-mini", 0.2, stats="opt-mini.stats")          # doctest: +SKIP
     """
     _check_samples(samples)
     path = Path(output)
     if path.exists() and not force:
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
     source = open_source(model, revision)
-    sites = find_sites(source.blank, source.family, cuttable_kinds(source.family, keep_shape=True), keep_shape=True)
-    load = weigh(source, sites, calibration, samples, sequence_length, dtype, seed, for_refit=False)
+    kinds = cuttable_kinds(source.family, keep_shape=True)
+    if gram and source.family.attention is not None and source.family.attention.plain:  # heads that can get narrower
+        sites = find_sites(source.blank, source.family, kinds, NEURON)
+    else:
+        sites = find_sites(source.blank, source.family, kinds, keep_shape=True)
+    load = weigh(source, sites, calibration, samples, sequence_length, dtype, seed, for_refit=gram)
     machine = plan_machine(source, load, max_memory, device)
     measured = measure(source, calibration, samples, sequence_length, dtype, seed, machine)
-    stats = {observed.site.name: observed.stats for observed in measured.observe(sites, False)}
-    statistics = Statistics(stats, measured.windows, measured.options)
-    statistics.save(path, source)
-    return statistics
+    write_statistics(path, source, measured.windows, measured.options, measured.observe(sites, gram), len(sites), gram)
+    return load_statistics(path, source, sites)
 
 
 @dataclass(frozen=True)
@@ -323,7 +332,7 @@ def measure(
 
 def _measured_before(statistics: Statistics) -> Measured:
     def observe(sites: Sequence[Site], for_refit: bool) -> Iterable[Observed]:
-        return [Observed(site, statistics.stats[site.name]) for site in sites]
+        return map(statistics.observed, sites)
 
     return Measured(statistics.windows, statistics.options, observe)
 
@@ -413,15 +422,6 @@ def _say_zero(target: Target, refit: bool) -> None:
         target.why,
         "; the refit changes the kept weights alone" if refit else "",
     )
-
-
-def _check_options(rules: Rules, stats: str | Path | None, samples: int) -> None:
-    rules.check()
-    if rules.fill == AUTO and stats is not None:
-        raise UsageError(f"--stats holds no held-out tokens, which --fill {AUTO} needs; name a fill.")
-    if rules.refit and stats is not None:
-        raise UsageError("--stats holds no products of neurons, which the refit needs; add --no-refit.")
-    _check_samples(samples)
 
 
 def _check_samples(samples: int) -> None:

@@ -7,7 +7,7 @@ Ridge regression gives the same from either; in terms of tokens it is
     X_k (X_k' X_k + t r s I)^-1 = (X_k X_k' + t r s I)^-1 X_k          (t tokens)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,6 +172,26 @@ class Gram:
         both.products = self.products + other.products
         return both
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything, as tensors to save; of the products, the blocks that are not left out."""
+        products = torch.cat([block.flatten() for block in self._blocks()])
+        return {"count": torch.tensor(self.count), "pivot": self.pivot, "sum": self.sum, "products": products}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Gram":
+        """What `to_tensors` gave."""
+        gram = cls(tensors["pivot"])
+        gram.count, gram.sum = int(tensors["count"]), tensors["sum"]
+        blocks = gram._blocks()
+        for block, values in zip(blocks, tensors["products"].split([block.numel() for block in blocks]), strict=True):
+            block.copy_(values.view_as(block))
+        return gram
+
+    def _blocks(self) -> list[Tensor]:
+        """The parts of the products that are reckoned, as views."""
+        starts = range(0, len(self.pivot), TRIANGLE_BLOCK)
+        return [self.products[start:, start : start + TRIANGLE_BLOCK] for start in starts]
+
     def moments(self) -> Moments:
         shift = self.sum / self.count
         products = self.products.tril()
@@ -195,6 +215,21 @@ class Grams:
     def evidence(self) -> Evidence:
         return Evidence(self.fitted.moments(), self.held_out.moments(), self.fitted.merged(self.held_out).moments())
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything, as tensors to save."""
+        return {
+            f"{part}/{name}": value
+            for part, gram in (("fitted", self.fitted), ("held_out", self.held_out))
+            for name, value in gram.to_tensors().items()
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Grams":
+        """What `to_tensors` gave."""
+        grams = cls(tensors["fitted/pivot"])
+        grams.fitted, grams.held_out = (Gram.from_tensors(_under(tensors, part)) for part in ("fitted/", "held_out/"))
+        return grams
+
 
 class Tape:
     """Gathers `Rows`."""
@@ -209,6 +244,22 @@ class Tape:
     def evidence(self) -> Evidence:
         fitted, held_out = zip(*map(_parted, self.batches), strict=True)
         return Evidence(*(Rows(torch.cat(parts)) for parts in (fitted, held_out, self.batches)))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything, as tensors to save: which batch a row belongs to says what is held out."""
+        return {"rows": torch.cat(self.batches), "batches": torch.tensor([len(batch) for batch in self.batches])}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Tape":
+        """What `to_tensors` gave."""
+        tape = cls()
+        tape.batches = list(tensors["rows"].split(tensors["batches"].tolist()))
+        return tape
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _parted(values: Tensor) -> Sequence[Tensor]:

@@ -5,7 +5,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from .families import FAMILIES
 from .hosts import AUTO, ENGINES, choose_target
 from .images import choose_images
 from .machine import PROCESSOR, Machine, plan_machine
-from .selection import width_step
+from .planning import Rules, choose
+from .refit import ELIMINATION
+from .selection import DEVIATION, width_step
 from .sites import HEAD, KINDS, Site, find_blocks, find_sites
 from .source import Blueprint, Source, count_patches, open_blueprint, open_source
+from .stats_file import Statistics, load_statistics
 from .texts import (
     PASSAGES,
     SAMPLES,
@@ -197,8 +201,11 @@ def estimate(
     seed: int = 0,
     max_memory: int | None = None,
     device: str = PROCESSOR,
+    stats: str | Path | None = None,
 ) -> tuple[Inspection, Cost]:
     """Inspect a model and time one block of it, to say what `compress` would take.
+
+    With statistics from a file, that is deciding what stays of the block, and calibrating it otherwise.
 
     Raises:
         PrunePeakError: what `compress` would refuse of the model, or of the memory.
@@ -218,11 +225,20 @@ def estimate(
     source = open_source(model, revision)
     kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
     cut = find_sites(source.blank, source.family, kinds, unit, keep_shape)
+    statistics = None
+    if stats is not None:
+        statistics = load_statistics(Path(stats), source, cut)
+        statistics.check(cut, refit)
+        samples, dtype = statistics.options["samples"], statistics.options["dtype"]
+        sequence_length = statistics.options["sequence_length"] or sequence_length
     load = weigh(source, cut, calibration, samples, sequence_length, dtype, seed, refit)
+    if statistics is not None:
+        load = replace(load, tokens=0, samples_text=False)
     machine = plan_machine(source, load, max_memory, device)
     if source.sees_images:
         held, embedding = 0, 0
-        windows = choose_images(calibration, source, BATCH_IMAGES, seed).calibration
+        images = choose_images(calibration, source, BATCH_IMAGES, seed) if statistics is None else statistics.windows
+        windows = images.calibration[:BATCH_IMAGES]
         length = count_patches(source)
     else:
         held, length = held_out_count(samples), load.length
@@ -230,10 +246,14 @@ def estimate(
         windows = torch.randint(source.config.vocab_size, (2 * max(1, machine.batch_tokens // length), length))
     block = find_blocks(source.blank, source.family)[0]
     # Seconds that a token takes in a block, with and without statistics, and in the head
-    observed, bare = _time_block(source, cut, windows, length, load.dtype, refit, machine)
+    observed, bare = _time_block(source, cut, windows, length, load.dtype, refit and statistics is None, machine)
     head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
     forward = bare * inspection.blocks + head
-    seconds = START_SECONDS + observed * inspection.blocks * samples * length
+    seconds = START_SECONDS
+    if statistics is None:
+        seconds += observed * inspection.blocks * samples * length
+    else:
+        seconds += _time_deciding(source, inspection, statistics, cut, refit) * inspection.blocks
     seconds += forward * (held * length * (2 - inspection.share) + VERIFIED_TOKENS)
     if load.samples_text:
         seconds += _time_sampling(source, seed) * (samples + held) * length
@@ -266,6 +286,19 @@ def _time_block(
     bare = time.perf_counter() - began
     tokens = len(windows) * length
     return max(observed, bare) / tokens, bare / tokens
+
+
+def _time_deciding(
+    source: Source, inspection: Inspection, statistics: Statistics, sites: Sequence[Site], refit: bool
+) -> float:
+    """Seconds that it takes to decide what stays of the first block."""
+    kept = {site.kind: site.kept for site in inspection.sites if site.kept < site.neurons}
+    rules = Rules(score=ELIMINATION if refit else DEVIATION, refit=refit)
+    began = time.perf_counter()
+    for site in sites:
+        if site.block == 0 and site.kind in kept:
+            choose(source, statistics.observed(site), kept[site.kind], rules)
+    return time.perf_counter() - began
 
 
 def _time_sampling(source: Source, seed: int) -> float:

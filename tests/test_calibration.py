@@ -1,14 +1,17 @@
 """Statistics that are kept, merged, and used again; and the texts they are taken over."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import EXAMPLES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_compress import compress, digests, run
 
+from prune_peak.checkpoint import TensorFile, stream_tensors
 from prune_peak.errors import PrunePeakError
 from prune_peak.source import open_source
 from prune_peak.stats import Stats
@@ -28,6 +31,98 @@ def test_statistics_from_a_file_give_what_a_direct_run_gives(ratio: float, tmp_p
     kept = run(*common, "--output", tmp_path / "kept", "--stats", stats)
     assert direct.exit_code == kept.exit_code == 0, direct.output + kept.output
     assert digests(tmp_path / "direct") == digests(tmp_path / "kept")
+
+
+# what needs more than each neuron's own statistics: model, calibration, options
+WITH_PRODUCTS = {
+    "the refit": ("llama-mini", ["--samples", 8], ["--ratio", 0.3]),
+    "from few tokens": ("llama-mini", ["--samples", 2], ["--ratio", 0.3]),
+    "a fill for every site": (
+        "llama-mini",
+        ["--samples", 8],
+        ["--ratio", "mlp=0.2,attention=0.5", "--fill", "auto", "--no-refit"],
+    ),
+    "a target over two kinds": (
+        "llama-mini",
+        ["--samples", 8],
+        ["--target-params", 0.9, "--sites", "mlp,attention", "--no-refit"],
+    ),
+    "in place": (
+        "opt-mini",
+        ["--samples", 8],
+        ["--ratio", 0.3, "--sites", "attention", "--keep-shape", "--unit", "neuron"],
+    ),
+    "narrower heads": (
+        "vit-mini",
+        ["--samples", 40],
+        ["--ratio", 0.5, "--sites", "attention", "--unit", "neuron", "--no-refit"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITH_PRODUCTS)
+def test_products_from_a_file_give_what_a_direct_run_gives(case: str, tmp_path: Path, text: Path) -> None:
+    name, calibration, options = WITH_PRODUCTS[case]
+    model = EXAMPLES / name
+    calibration = ["--calibration", EXAMPLES / "digits" / "calibration" if name == "vit-mini" else text, *calibration]
+    for stats, more in ((tmp_path / "plain.stats", []), (tmp_path / "gram.stats", ["--gram"])):
+        made = run("calibrate", "--model", model, "--output", stats, *calibration, *more, "-q")
+        assert made.exit_code == 0, made.output
+    common = ("compress", "--model", model, *options, "-q", "--output")
+    direct = run(*common, tmp_path / "direct", *calibration)
+    kept = run(*common, tmp_path / "kept", "--stats", tmp_path / "gram.stats")
+    assert direct.exit_code == kept.exit_code == 0, direct.output + kept.output
+    assert digests(tmp_path / "direct") == digests(tmp_path / "kept")
+    refused = run(*common, tmp_path / "refused", "--stats", tmp_path / "plain.stats")
+    assert refused.exit_code == 1
+    assert "calibrate --gram" in refused.stderr
+    told = run(*common, tmp_path / "told", "--stats", tmp_path / "gram.stats", "--dry-run", "--json")
+    assert told.exit_code == 0, told.output
+    assert 0 < json.loads(told.stdout)["minutes"] < 5
+
+
+def test_a_file_that_lacks_a_part_is_refused(tmp_path: Path, text: Path) -> None:
+    stats, model = tmp_path / "kept.stats", EXAMPLES / "llama-mini"
+    words = ("--output", stats, "--calibration", text, "--samples", 4, "--gram")
+    assert run("calibrate", "--model", model, *words, "-q").exit_code == 0
+    with safe_open(stats, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(stats)
+    del tensors["model.layers.1.mlp.down_proj/grams/held_out/products"]
+    save_file(tensors, stats, metadata)
+    result = compress(model, tmp_path / "cut", text, "--refit", "--stats", stats)
+    assert result.exit_code == 1
+    assert "does not hold all of model.layers.1.mlp.down_proj" in result.stderr
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_a_disk_that_is_full_leaves_no_file_of_statistics(tmp_path: Path) -> None:
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "first", torch.ones(3, dtype=torch.bfloat16)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        stream_tensors(tensors(), tmp_path / "some.stats", {}, 1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_come_one_by_one_are_read_back(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.randn(3).bfloat16(),
+        "count": torch.tensor(7),
+        "empty": torch.ones(0, 4, dtype=torch.int64),
+        "matrix/a": torch.randn(5, 3),
+        "matrix/b": torch.randn(3, 5).T,
+    }
+    stream_tensors(tensors.items(), tmp_path / "some.stats", {"key": "value"}, 1000)
+    for read in (load_file(tmp_path / "some.stats"), TensorFile(tmp_path / "some.stats").read("")):
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    file = TensorFile(tmp_path / "some.stats")
+    assert file.metadata == {"key": "value"}
+    assert file.read("matrix/").keys() == {"a", "b"}
+    with pytest.raises(ValueError, match="header takes"):
+        stream_tensors(tensors.items(), tmp_path / "other.stats", {}, 100)
 
 
 def test_statistics_of_another_model_are_refused(tmp_path: Path, text: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import prune_peak
-from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.errors import UsageError
 from prune_peak.narrowing import narrow, narrow_rows
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
@@ -110,9 +110,3 @@ def test_heads_that_cannot_be_narrower_are_refused(tmp_path: Path) -> None:
         source = open_source(str(BY_NAME[name].save(tmp_path / name)))
         with pytest.raises(UsageError, match="queries and keys must meet as they are"):
             find_sites(source.blank, source.family, ["attention"], "neuron")
-    statistics = tmp_path / "vit.stats"
-    with pytest.raises(PrunePeakError, match="--stats holds no products of queries and keys"):
-        prune_peak.compress(
-            str(EXAMPLES / "vit-mini"), 0.25, tmp_path / "cut", sites=("attention",), unit="neuron", stats=statistics,
-            refit=False,
-        )  # fmt: skip
