@@ -167,10 +167,10 @@ class Step:
         return after
 
     @torch.inference_mode()
-    def power(self) -> float:
-        """The squared norm of a token's hidden state, as it is now: the median, for a few tokens have giant ones."""
+    def powers(self) -> Tensor:
+        """The squared norm of every token's hidden state, as it is now."""
         norms = [self._states[number].float().square().sum(-1).flatten() for number in range(len(self._states))]
-        return torch.cat(norms).median().item()
+        return torch.cat(norms)
 
 
 class BlockStream:

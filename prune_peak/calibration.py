@@ -14,8 +14,9 @@ from .blocks import Batch, BlockStream
 from .errors import PrunePeakError, UsageError
 from .evidence import Gram, Grams, Moments, Tape
 from .machine import BATCH_TOKENS, Load, Machine
+from .ranks import ALONE, Ranks, current
 from .sites import Site
-from .source import IMAGES, Source, count_patches
+from .source import IMAGES, Source, count_patches, open_source
 from .stats import Stats
 from .texts import SELF, held_out_count, own_text_cache, window_length
 
@@ -93,68 +94,124 @@ def calibrate(
     dtype: torch.dtype,
     for_refit: bool = False,
     machine: Machine = Machine(),  # noqa: B008 - frozen
+    ranks: Ranks = ALONE,
 ) -> Iterator[Observed]:
-    """Statistics of every site over the batches, one block at a time; padding is not counted."""
+    """Statistics of every site over the batches, one block at a time; padding is not counted.
+
+    Several processes take as many whole batches each, and the first one gets what all of them saw. What is held out is
+    a part of every batch, so it is the same tokens however many processes there are.
+    """
     if not sites:
         return
+    readings = len(batches)
+    if readings < ranks.count:
+        raise PrunePeakError(
+            f"{ranks.count} processes cannot share {readings} batches of calibration; start fewer, or pass more "
+            "--samples."
+        )
+    batches = batches[ranks.share(readings)]
     masks = [batch.get("attention_mask") for batch in batches]
     stream = BlockStream(source, batches, dtype, machine.spills, machine.device)
     last = min(max(site.block for site in sites), stream.blocks - 1)
     power = None
     for step in tqdm(islice(stream.steps(), last + 1), total=last + 1, desc="calibrate", unit="block"):
         tokens = sum(count if mask is None else int(mask.sum()) for count, mask in zip(step.tokens, masks, strict=True))
-        watches = [Watch(site, tokens, for_refit) for site in sites if site.block == step.index]
+        of_all = ranks.gather(tokens)
+        before = sum(of_all[: ranks.number])
+        watches = [Watch(site, sum(of_all), for_refit, ranks, before) for site in sites if site.block == step.index]
         with _watching(stream.model, watches):
             for number in step.run():
                 for watch in watches:
                     watch.mask = masks[number]
-        power = step.power() if for_refit else None
+        if for_refit:  # the median, for a few tokens have giant ones
+            power = torch.cat(ranks.gather(step.powers())).median().item()
         for watch in watches:
-            yield watch.observed(source, dtype, power)
-    pooled = [Watch(site, len(batches), for_refit) for site in sites if site.block == stream.blocks]
+            yield from watch.observed(source, dtype, power)
+    pooled = [Watch(site, readings, for_refit, ranks) for site in sites if site.block == stream.blocks]
     if pooled:
         with _watching(stream.model, pooled):
             for _ in stream.outputs():
                 pass
         for watch in pooled:
-            yield watch.observed(source, dtype, power)
+            yield from watch.observed(source, dtype, power)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the first process asks the others to take a share in."""
+
+    model: str
+    revision: str | None
+    sites: Sequence[Site]
+    windows: Tensor
+    dtype: torch.dtype
+    for_refit: bool
+    machine: Machine
+
+
+def calibrate_together(
+    source: Source, sites: Sequence[Site], windows: Tensor, dtype: torch.dtype, for_refit: bool, machine: Machine
+) -> Iterator[Observed]:
+    """`calibrate` over windows, with a share for every process that torchrun has started."""
+    ranks = current()
+    if sites:
+        ranks.tell(Task(source.name, source.revision, sites, windows, dtype, for_refit, machine))
+    yield from calibrate(source, sites, into_batches(windows, machine.batch_tokens), dtype, for_refit, machine, ranks)
+
+
+def assist(ranks: Ranks) -> None:
+    """Take a share of whatever the first process calibrates, until it tells that it is done."""
+    while (task := ranks.tell()) is not None:
+        batches = into_batches(task.windows, task.machine.batch_tokens)
+        source = open_source(task.model, task.revision)
+        for _ in calibrate(source, task.sites, batches, task.dtype, task.for_refit, task.machine, ranks):
+            pass
 
 
 class Watch:
     """What one site is seen to do while its block runs."""
 
-    def __init__(self, site: Site, tokens: int, for_refit: bool) -> None:
+    def __init__(self, site: Site, tokens: int, for_refit: bool, ranks: Ranks = ALONE, before: int = 0) -> None:
         self.site = site
-        self.stats = Stats(site.neurons, tokens)
+        self.stats = Stats(site.neurons, tokens, before)
         self.gathered: Grams | Tape | None = None
         self.mask: Tensor | None = None  # of the batch that runs
         self.narrowed: dict[str, Gram] = {}  # of queries and keys
         self._few = tokens < site.neurons
         self._for_refit = for_refit
+        self._ranks = ranks
 
     def see_maker(self, name: str, made: Tensor) -> None:
         """What a module gives whose heads get narrower."""
         flat = made.reshape(-1, self.site.neurons)
         if name not in self.narrowed:
-            self.narrowed[name] = Gram(flat.float().mean(0))
+            self.narrowed[name] = Gram(self._ranks.agree(flat.float().mean(0)))
         self.narrowed[name].add(flat)
 
     def see(self, neurons: Tensor) -> None:
         flat = neurons.reshape(-1, self.site.neurons)
         flat = flat if self.mask is None else flat[self.mask.bool().view(-1)]
+        if self.stats.count == 0:
+            self.stats.begin(flat, self._ranks)
         self.stats.add(flat)
         if self._for_refit:
             self.gathered = self.gathered or (Tape() if self._few else Grams(self.stats.pivot))
             self.gathered.add(flat)
 
-    def observed(self, source: Source, dtype: torch.dtype, power: float | None) -> Observed:
+    def observed(self, source: Source, dtype: torch.dtype, power: float | None) -> Iterator[Observed]:
+        """What all processes saw, in the first one; the others are given nothing."""
+        for seen in (self.stats, self.gathered, *self.narrowed.values()):
+            if seen is not None:
+                seen.add_up(self._ranks)
+        if not self._ranks.is_first:
+            return
         if not bool(torch.isfinite(self.stats.square_sum).all()):
             raise PrunePeakError(
                 f"{self.site.name} of {source.name} is given activations that are not finite in {dtype}. "
                 "Try --dtype float32, or check the checkpoint."
             )
         narrowed = tuple(self.narrowed[name].moments() for name in self.site.narrowed)
-        return Observed(self.site, self.stats, self.gathered, power, narrowed)
+        yield Observed(self.site, self.stats, self.gathered, power, narrowed)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import click
 
 from . import __version__
-from .errors import PrunePeakError, UsageError
+from .errors import LostProcessError, PrunePeakError, UsageError
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -37,6 +37,8 @@ class Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                return self._invoke_together(context)
             return super().invoke(context)
         except UsageError as error:
             raise click.UsageError(str(error), context) from None
@@ -45,6 +47,28 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
             sys.exit(130)
+        except LostProcessError as error:
+            raise click.ClickException(str(error)) from None
+
+    def _invoke_together(self, context: click.Context) -> Any:
+        """Where torchrun has started several processes: the first one runs the command, the others assist."""
+        if os.environ["RANK"] != "0" or not {"-q", "--quiet"}.isdisjoint(context.args):
+            _settle(quiet=True)  # before torch is imported, for that imports tqdm
+        from .ranks import joined
+
+        with joined() as ranks:
+            if ranks.is_first:
+                answer = super().invoke(context)
+                ranks.tell(None)
+                return answer
+            from .calibration import assist
+
+            try:
+                assist(ranks)
+            except PrunePeakError as error:
+                ranks.refuse(error)
+            except (LostProcessError, KeyboardInterrupt):
+                pass  # the first process has told why it left
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4

@@ -15,7 +15,7 @@ import transformers
 
 from . import __version__
 from .budget import Budget, Widths
-from .calibration import DTYPES, Observed, calibrate, default_dtype, into_batches, weigh
+from .calibration import DTYPES, Observed, calibrate_together, default_dtype, weigh
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, set_image_exam, verify
@@ -324,8 +324,8 @@ def measure(
     }
 
     def observe(sites: Sequence[Site], for_refit: bool) -> Iterable[Observed]:
-        batches = into_batches(windows.calibration, machine.batch_tokens)
-        return calibrate(source, sites, batches, DTYPES[options["dtype"]], for_refit, machine)
+        compute = DTYPES[options["dtype"]]
+        return calibrate_together(source, sites, windows.calibration, compute, for_refit, machine)
 
     return Measured(windows, options, observe)
 

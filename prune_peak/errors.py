@@ -11,3 +11,7 @@ class UsageError(PrunePeakError):
 
 class VerificationError(PrunePeakError):
     """A written folder does not compute what it should."""
+
+
+class LostProcessError(Exception):
+    """Another process of the same command is gone; what is finished stays, as after an interruption."""

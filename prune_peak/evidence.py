@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .ranks import Ranks
+
 TRIANGLE_BLOCK = 256  # columns
 HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
 
@@ -172,6 +174,11 @@ class Gram:
         both.products = self.products + other.products
         return both
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Let the first process know the sums of all; they must share the pivot."""
+        self.count = int(ranks.add_up(torch.tensor(self.count)))
+        self.sum, self.products = ranks.add_up(self.sum), ranks.add_up(self.products)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything, as tensors to save; of the products, the blocks that are not left out."""
         products = torch.cat([block.flatten() for block in self._blocks()])
@@ -215,6 +222,11 @@ class Grams:
     def evidence(self) -> Evidence:
         return Evidence(self.fitted.moments(), self.held_out.moments(), self.fitted.merged(self.held_out).moments())
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Let the first process know the sums of all."""
+        self.fitted.add_up(ranks)
+        self.held_out.add_up(ranks)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything, as tensors to save."""
         return {
@@ -244,6 +256,10 @@ class Tape:
     def evidence(self) -> Evidence:
         fitted, held_out = zip(*map(_parted, self.batches), strict=True)
         return Evidence(*(Rows(torch.cat(parts)) for parts in (fitted, held_out, self.batches)))
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Let the first process know the batches of all, in their order."""
+        self.batches = [batch for batches in ranks.gather(self.batches) for batch in batches]
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything, as tensors to save: which batch a row belongs to says what is held out."""

@@ -16,6 +16,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from .ranks import Ranks
+
 BINS = 256
 RANGE = (0.02, 0.98)  # quantiles of the first batch that the bins span; beyond, tokens are counted in the end bins
 REACH = (
@@ -52,6 +54,7 @@ class Stats:
     Args:
         neurons: how many.
         tokens: how many tokens are to come; the histogram takes about `HISTOGRAM_TOKENS` of them, evenly.
+        before: how many of them come before the first one here, in the shares of other processes.
 
     Example:
         >>> stats = Stats(neurons=1, tokens=4)
@@ -61,8 +64,9 @@ class Stats:
         (0.0, 0.5)
     """
 
-    def __init__(self, neurons: int, tokens: int) -> None:
+    def __init__(self, neurons: int, tokens: int, before: int = 0) -> None:
         self.neurons = neurons
+        self.before = before
         self.stride = max(1, tokens // HISTOGRAM_TOKENS)
         self.count = 0
         self.sampled = 0
@@ -118,6 +122,21 @@ class Stats:
             setattr(stats, name, tensors[name])
         return stats
 
+    def begin(self, values: Tensor, ranks: Ranks) -> None:
+        """Fix the edges by the first batch of all, which is in the share of the first process."""
+        if ranks.is_first:
+            self._fix_edges(values.float())
+        for name in EDGES:
+            setattr(self, name, ranks.agree(getattr(self, name)))
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Let the first process know what all have counted."""
+        counts = ranks.add_up(torch.tensor([getattr(self, name) for name in COUNTS]))
+        for name, count in zip(COUNTS, counts.tolist(), strict=True):
+            setattr(self, name, count)
+        for name in SUMS:
+            setattr(self, name, ranks.add_up(getattr(self, name)))
+
     def add(self, values: Tensor) -> None:
         """Count a batch of activations, (tokens, neurons), in any float type."""
         if self.pivot.isnan().all():
@@ -141,7 +160,7 @@ class Stats:
         self.common = _most_repeated(ordered)
 
     def _add_chunk(self, values: Tensor) -> None:
-        offset = -self.count % self.stride
+        offset = -(self.before + self.count) % self.stride
         self.count += len(values)
         sample = values[offset :: self.stride]
         if len(sample):
