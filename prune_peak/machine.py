@@ -26,6 +26,7 @@ BASE_MEMORY = 500_000_000  # bytes of a process that has imported torch and tran
 MACHINE_SHARE = 0.8  # of the machine's memory is the budget where none is given
 WHOLE_SIZE = 600_000_000  # bytes of weights up to which verification holds models whole, in float32
 PROBED_TOKENS = 1400  # whose logits it holds then
+STREAMED_TOKENS = 600  # whose logits it holds where models are larger
 PASSAGE_TOKENS = 64 * 128  # of own text that are sampled at once
 
 
@@ -128,7 +129,7 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
     hidden, neurons = int(config.hidden_size), max(site.neurons for site in load.sites)
     stored = source.dtype.itemsize
     block = sum(parameter.numel() for parameter in find_blocks(source.blank, source.family)[0].parameters())
-    ends = [parameter.numel() for name, parameter in source.blank.named_parameters() if _is_outside(source, name)]
+    ends = [tensor.numel() for name, tensor in source.blank.state_dict().items() if _is_outside(source, name)]
     wide = 0 if has_bfloat16() or load.dtype is not torch.bfloat16 else 4  # float32 copies of factors
     states = 0 if spills else load.tokens * hidden * width
     batch = batch_tokens * ((4 * neurons + 8 * hidden) * width + (neurons + hidden) * wide) + neurons * hidden * wide
@@ -140,14 +141,16 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
     elif load.refit:
         gathered = 8 * neurons**2
         solving = 32 * neurons**2
-    logits = 12 * load.length * int(getattr(config, "vocab_size", 0))
+    vocabulary = int(getattr(config, "vocab_size", 0))
+    widest = max(ends, default=0)
     held = block * width + states + measured + gathered
     phases: tuple[int, ...] = (
         block * (width + stored),  # while it is read
         held + batch,
         held + solving,
         held + 2 * block * stored + 8 * neurons * hidden,  # while it is written
-        sum(ends) * width + max(ends, default=0) * (stored + wide) + logits,
+        sum(ends) * width + widest * (stored + wide) + 12 * load.length * vocabulary,  # the head, at an exam
+        sum(ends) * 4 + widest * stored + 12 * STREAMED_TOKENS * vocabulary,  # the same in float32, at the verification
     )
     return BASE_MEMORY + max(phases)
 
