@@ -115,10 +115,11 @@ def _inherit(source: Source) -> dict[str, Any]:
     """The licence and the languages, from the source's card, or its config."""
     try:
         theirs = metadata_load(source.folder / CARD) or {}
-    except (OSError, ValueError, YAMLError):  # no card, or one that is not well-formed
+    except (OSError, ValueError, RecursionError, YAMLError):  # no card, or one that is not well-formed
         theirs = {}
     theirs = {"license": getattr(source.config, "license", None)} | theirs
-    return {key: theirs[key] for key in INHERITED if isinstance(theirs.get(key), str | list)}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in theirs.items()}
+    return {key: theirs[key] for key in INHERITED if key in lists and all(isinstance(item, str) for item in lists[key])}
 
 
 def find_task(model_class: type[PreTrainedModel]) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from .errors import PrunePeakError
 from .evaluation import Grades
+from .strangers import check_file, parse_json
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class CellFile:
     def _read(self, path: Path) -> None:
         for line in _whole_lines(path)[1:]:
             try:
-                entry = json.loads(line)
+                entry = dict(parse_json(line))
                 losses, hits = (torch.tensor(entry.pop(name), dtype=torch.float64) for name in ("losses", "hits"))
                 self.graded[Cell(**entry)] = Grades(losses, hits)
             except (ValueError, KeyError, TypeError):
@@ -92,6 +93,7 @@ class CellFile:
 
 def _whole_lines(path: Path) -> list[str]:
     try:
+        check_file(path)
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise PrunePeakError(f"{path} is not a file of cells ({error}). Choose another --output.") from None
@@ -101,7 +103,7 @@ def _whole_lines(path: Path) -> list[str]:
 def _difference(found: list[str], question: Mapping[str, Any]) -> str:
     """The names of what is asked otherwise."""
     try:
-        other = json.loads(found[0])
+        other = parse_json(found[0])
         changed = sorted(name for name in question if other.get(name) != question[name])
     except (IndexError, ValueError, AttributeError):
         changed = []

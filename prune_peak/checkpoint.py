@@ -7,6 +7,7 @@ the first tensor is), so tensors can be written in any order and memory holds on
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import PrunePeakError
+from .errors import PrunePeakError, brief
+from .strangers import check_file, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,6 +62,9 @@ class LegacyShard:
             isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
         ):
             raise PrunePeakError(f"{path} holds more than named tensors; expected a model's state dict.")
+        for name, value in loaded.items():
+            if value.layout is not torch.strided or value.nbytes > value.untyped_storage().nbytes():
+                raise PrunePeakError(f"{path}: tensor {name!r} is larger than what is stored of it. Not read.")
         self._tensors: dict[str, Tensor] = loaded
 
     def keys(self) -> list[str]:
@@ -87,22 +92,38 @@ class LegacySlice:
 
 def _load_legacy(path: Path) -> Any:
     try:
-        # files from before torch 1.6 are no zips, and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _refuse_bomb(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch is about to refuse
+            # files from before torch 1.6 are no zips, and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except PrunePeakError:
+        raise
     except Exception as error:  # pickle, zip and torch raise their own kinds
-        reason = str(error).strip().splitlines()[0]
         raise PrunePeakError(
-            f"{path} is not a plain file of tensors, so it is not opened: a pickle can run code ({reason}). "
+            f"{path} is not a plain file of tensors, so it is not opened: a pickle can run code ({brief(error)}). "
             "Fetch it again, or convert it to safetensors with a program that you trust."
         ) from None
 
 
+def _refuse_bomb(path: Path) -> None:
+    """torch stores what it saves; what is packed, or claims more bytes than the file has, is there to fill memory."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if is_packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise PrunePeakError(f"{path} is a zip that unpacks to more than it holds, as torch writes none. Not opened.")
+
+
 def _open_safetensors(path: Path) -> Any:
     try:
+        check_file(path)
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise PrunePeakError(
-            f"{path} is not a readable safetensors file ({error}). Fetch it again; it may be truncated."
+            f"{path} is not a readable safetensors file ({brief(error)}). Fetch it again; it may be truncated."
         ) from None
 
 
@@ -177,16 +198,17 @@ def _find_shards(folder: Path) -> tuple[Format, dict[str, str]]:
 
 def _read_index(index: Path, format_: Format) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         if not all(isinstance(text, str) for pair in weight_map.items() for text in pair):
             raise TypeError("weight_map must map names to file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PrunePeakError(f"{index} is not a checkpoint index ({error!r}). Fetch it again.") from None
+    there = {path.name for path in index.parent.iterdir() if path.is_file()}
     held: dict[str, set[str]] = {}
     for shard in set(weight_map.values()):
         if shard != Path(shard).name or shard.startswith("."):
             raise PrunePeakError(f"{index} names the shard {shard!r}, which lies outside its folder. Not opened.")
-        if not (index.parent / shard).is_file():
+        if shard not in there:
             raise PrunePeakError(f"{index} names the shard {shard!r}, which is not there. Fetch it again.")
         held[shard] = set(format_.open(index.parent / shard).keys())
     for name, shard in weight_map.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import click
 
 from . import __version__
-from .errors import LostProcessError, PrunePeakError, UsageError
+from .errors import LostProcessError, PrunePeakError, UsageError, one_line
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -44,6 +44,9 @@ class Group(click.Group):
             raise click.UsageError(str(error), context) from None
         except PrunePeakError as error:
             raise click.ClickException(str(error)) from None
+        except click.ClickException as error:
+            error.message = one_line(error.message)  # type: ignore[misc]  # a word of the command line may be a file's
+            raise
         except KeyboardInterrupt:
             click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
             sys.exit(130)
@@ -69,6 +72,13 @@ class Group(click.Group):
                 ranks.refuse(error)
             except (LostProcessError, KeyboardInterrupt):
                 pass  # the first process has told why it left
+
+
+class OneLine(logging.Formatter):
+    """What is told of a stranger's file does not speak to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
@@ -178,7 +188,13 @@ computing_options = all_options(
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Type to compute in; files keep the source's.  [default: the source's; float32 for float16]",
     ),
-    click.option("--seed", default=0, show_default=True, help="Seed of all that is drawn at random."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**32 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of all that is drawn at random.",
+    ),
 )
 calibration_options = all_options(
     calibration_option,
@@ -355,7 +371,7 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
         click.echo(json.dumps({"passed": result.passed, "checks": result.checks}, indent=2))
     else:
         for check in result.checks:
-            click.echo(f"{'ok' if check['passed'] else 'FAILED':>6}  {check['check']}: {check['seen']}")
+            click.echo(one_line(f"{'ok' if check['passed'] else 'FAILED':>6}  {check['check']}: {check['seen']}"))
         if model is None:
             click.echo("Outputs were not compared; pass --model ORIGINAL for that.", err=True)
     if not result.passed:
@@ -591,7 +607,9 @@ def _settle(quiet: bool) -> None:
     """Silence the libraries' chatter, and our own if asked to."""
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    talk = logging.StreamHandler()
+    talk.setFormatter(OneLine("%(message)s"))
+    logging.basicConfig(handlers=[talk], level=logging.ERROR)
     logging.getLogger("prune_peak").setLevel(logging.ERROR if quiet else logging.WARNING)
     # what torchao does as transformers imports it, where it is installed, is no concern of the user's
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

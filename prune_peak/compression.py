@@ -354,8 +354,9 @@ def _settle_widths(
     progress: Progress,
 ) -> Widths:
     """How many neurons stay at every site: measured, where a target can be split over two kinds in several ways."""
-    kept: Widths = progress.recall("kept") or splits[0]
-    if len(splits) > 1 and progress.recall("kept") is None:
+    recalled = progress.recall("kept")
+    kept: Widths = recalled if recalled in splits else splits[0]
+    if len(splits) > 1 and recalled not in splits:
         widest = {site.kind: kept.get(site.kind, site.neurons) for site in sites}
         aimed = choose_target(source, sites, widest, source.dtype, host).sites
         kept = choose_split(source, measured.observe(aimed, True), splits, rules)

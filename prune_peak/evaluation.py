@@ -8,7 +8,6 @@ fills (`ablation.py`).
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +36,7 @@ from .machine import Machine
 from .selection import Choice, unpack_plan
 from .sites import KINDS, UNITS, Site, find_sites, tensors_by_block
 from .source import IMAGES, Source, open_source
+from .strangers import check_folder, read_json
 from .texts import load_tokenizer
 
 PERPLEXITY, MASKED_ACCURACY, IMAGE_ACCURACY = "perplexity", "masked-token accuracy", "image accuracy"
@@ -239,7 +239,7 @@ def verify(
         plan: Mapping[str, Choice] = read_plan(folder)
         options = recipe["options"]
         sites = find_sites(original.blank, original.family, options["sites"], options["unit"], options["keep_shape"])
-        _check_plan(sites, plan, original)
+        _check_plan(sites, plan, recipe["kept"], original)
         written = open_source(str(folder))
         target = choose_target(original, sites, recipe["kept"], original.dtype, written.config.model_type)
         if options["refit"]:
@@ -252,17 +252,21 @@ def verify(
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe of a folder that prune-peak wrote."""
     try:
-        recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+        check_folder(folder)
+        recipe = dict(read_json(folder / RECIPE_FILE))
         options = recipe["options"]
         flags = (options["refit"], options.setdefault("keep_shape", False))  # the second is newer than some folders
         well_formed = isinstance(recipe["tensors"], dict) and all(isinstance(flag, bool) for flag in flags)
-        if not well_formed or not set(options["sites"]) <= set(KINDS) or options["unit"] not in UNITS:
-            raise TypeError("tensors, options.refit, options.keep_shape, options.sites, options.unit")
-        if set(recipe["kept"]) != set(options["sites"]):
+        sites = options["sites"]
+        if not well_formed or not isinstance(sites, list) or not sites or not set(sites) <= set(KINDS):
+            raise TypeError("tensors, options.refit, options.keep_shape, options.sites")
+        if options["unit"] not in UNITS or set(recipe["kept"]) != set(sites):
+            raise TypeError("options.unit, kept")
+        if not all(type(kept) is int and kept > 0 for kept in recipe["kept"].values()):
             raise TypeError("kept")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
-    return dict(recipe)
+    return recipe
 
 
 def read_plan(folder: Path) -> dict[str, Choice]:
@@ -307,12 +311,25 @@ class RefittedPlan(Mapping[str, Choice]):
         return len(self._plan)
 
 
-def _check_plan(sites: Sequence[Site], plan: Mapping[str, Choice], original: Source) -> None:
+def _check_plan(sites: Sequence[Site], plan: Mapping[str, Choice], kept: Mapping[str, int], original: Source) -> None:
     for site in sites:
         choice = plan.get(site.name)
-        fits = choice is not None and choice.fill.shape == (site.neurons,) and 0 <= choice.keep.max() < site.neurons
-        if choice is None or not fits or (choice.narrowing is not None) != bool(site.narrowed):
+        if choice is None or not _fits(choice, site, kept[site.kind]):
             raise PrunePeakError(f"{original.name} is not the original of this folder: its {site.name} does not fit.")
+
+
+def _fits(choice: Choice, site: Site, kept: int) -> bool:
+    keep, fill, narrowing = choice.keep, choice.fill, choice.narrowing
+    if fill.shape != (site.neurons,) or fill.dtype is not torch.float32 or not bool(fill.isfinite().all()):
+        return False
+    if keep.dtype is not torch.int64 or keep.shape != (kept,) or not 0 <= keep[0] <= keep[-1] < site.neurons:
+        return False
+    if not bool((keep.diff() > 0).all()):
+        return False
+    if narrowing is None or not site.narrowed:
+        return narrowing is None and not site.narrowed
+    shape = (site.groups, kept // site.groups, site.neurons // site.groups)
+    return narrowing.query.shape == narrowing.key.shape == shape
 
 
 def _check_digests(result: Verification, folder: Path, recipe: Mapping[str, Any]) -> None:

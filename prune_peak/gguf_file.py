@@ -5,6 +5,7 @@ llama.cpp's own converter reads neither Granite's `head_dim` nor SmolLM3's biase
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def export_gguf(folder: str | Path, file: str | Path, *, force: bool = False) ->
         >>> llama_cpp.Llama("small.gguf")                         # doctest: +SKIP
     """
     path = Path(file)
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another name.")
     try:
         import gguf
@@ -185,6 +186,12 @@ def _read_vocabulary(source: Source, tokenizer: PreTrainedTokenizerBase) -> dict
     Raises:
         PrunePeakError: not a byte-level BPE that llama.cpp knows by a name of `SPLITS`.
     """
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= source.config.vocab_size:  # before the tokenizer is written as JSON: it makes room for every number
+        raise PrunePeakError(
+            f"the tokenizer of {source.name} has the token {highest}, but the model knows "
+            f"{source.config.vocab_size}. The two do not belong together."
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     told: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "slow one"}}
     model = told["model"]
@@ -207,11 +214,6 @@ def _read_vocabulary(source: Source, tokenizer: PreTrainedTokenizerBase) -> dict
         raise PrunePeakError(
             f"the tokenizer of {source.name} has no place in a GGUF file here: {reason}. "
             f"Byte-level BPE of the kinds {', '.join(SPLITS.values())} is written."
-        )
-    if len(tokenizer) > source.config.vocab_size:
-        raise PrunePeakError(
-            f"the tokenizer of {source.name} has {len(tokenizer)} tokens, but the model knows "
-            f"{source.config.vocab_size}. The two do not belong together."
         )
     return told | {"pre": pre, "add_bos": bool(start), "add_eos": bool(end)}
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .dialects import DIALECTS, Dialect, HostError, Words
-from .errors import PrunePeakError, UsageError
+from .errors import PrunePeakError, UsageError, brief
 from .families import FAMILIES
 from .sites import Site, blocks_path, find_sites, tensors_by_block
 from .source import Blueprint, build_blank, find_class
@@ -263,7 +263,7 @@ def _host_config(host: Host, source: Blueprint, words: Words, kinds: set[str]) -
     try:
         return host.config_class(**{key: value for key, value in words.items() if key in known} | settings)
     except Exception as error:  # the strict config classes raise their own kinds
-        raise HostError(f"{name} refuses the config: {' '.join(str(error).split())[:200]}") from None
+        raise HostError(f"{name} refuses the config: {brief(error)}") from None
 
 
 def _same_head(source: Blueprint, config: PreTrainedConfig) -> type[PreTrainedModel]:

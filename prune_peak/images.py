@@ -4,6 +4,7 @@ Whatever lies in a folder of images is taken for one, hidden files apart; what c
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from .errors import PrunePeakError
+from .errors import PrunePeakError, brief
 from .source import IMAGES, Source
 from .texts import SELF, Windows, name_text
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # of those that pillow reads, none that starts a program
 MOST_ASPECT = 50  # longer side over the shorter; a processor that resizes the shorter one would fill the memory
+LONGEST_SIDE = 4096  # pixels that a processor may ask for; models see some hundred
 FEWEST = 2  # images: some are held out to choose the ridge
 MOST_EVALUATED = 1000  # images of a labelled folder, evenly spread over it
 SHUFFLED = 1000  # rows of a data set that are drawn from at a time: many are sorted by label
@@ -44,7 +46,7 @@ def choose_images(name: str, source: Source, samples: int, seed: int) -> Windows
             "--calibration."
         )
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(name):
         paths = _list_images(folder)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:samples]
         pixels = _to_pixels(source, (_load(paths[number]) for number in order.sort().values.tolist()))
@@ -64,8 +66,8 @@ def read_labelled(name: str, source: Source) -> tuple[Tensor, Tensor]:
     Raises:
         PrunePeakError: no such folder, a label that the model does not know, or an image that cannot be read.
     """
-    folder, numbers = Path(name), source.config.label2id
-    if not folder.is_dir():
+    folder, numbers, classes = Path(name), source.config.label2id, source.config.num_labels
+    if not os.path.isdir(name):
         raise PrunePeakError(f"{name} is not a folder; expected images as {name}/<label>/<image>.")
     paths = _list_images(folder)
     for path in paths:
@@ -74,6 +76,11 @@ def read_labelled(name: str, source: Source) -> tuple[Tensor, Tensor]:
             known = ", ".join(list(numbers)[:3])
             raise PrunePeakError(
                 f"{path}: {label!r} is no label of {source.name} ({known}, ...); expected {name}/<label>/<image>."
+            )
+        if not isinstance(numbers[label], int) or not 0 <= numbers[label] < classes:
+            raise PrunePeakError(
+                f"the config of {source.name} gives the label {label!r} the number {numbers[label]!r}, but there are "
+                f"{classes} of them."
             )
     if len(paths) > MOST_EVALUATED:
         log.warning("%s holds %d images; every %.1fth is evaluated.", name, len(paths), len(paths) / MOST_EVALUATED)
@@ -107,9 +114,8 @@ def _load(path: Path) -> "Image":
     except PrunePeakError:
         raise
     except Exception as error:  # pillow's decoders raise their own kinds
-        reason = " ".join(str(error).split())[:200]
         raise PrunePeakError(
-            f"{path} is not an image that can be read ({reason}); fetch it again, or take it out of the folder."
+            f"{path} is not an image that can be read ({brief(error)}); fetch it again, or take it out of the folder."
         ) from None
 
 
@@ -138,7 +144,7 @@ def read_data_set(name: str, samples: int, seed: int) -> Iterator["Image"]:
     except PrunePeakError:
         raise
     except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
-        reason = " ".join(str(error).split())[:200] or "no column of images"
+        reason = "no column of images" if isinstance(error, StopIteration) else brief(error)
         raise PrunePeakError(
             f"{name} is neither a folder nor a data set with a split `train` and a column of images ({reason})."
         ) from None
@@ -151,8 +157,11 @@ def _to_pixels(source: Source, images: Iterable["Image"]) -> Tensor:
 
     pixels: list[Tensor] = []
     for image in images:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        pixels.append(processor(images=upright, return_tensors="pt")[IMAGES])
+        try:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            pixels.append(processor(images=upright, return_tensors="pt")[IMAGES])
+        except Exception as error:  # of pillow, numpy, and every processor class
+            raise PrunePeakError(f"the image processor of {source.name} fails: {brief(error)}.") from None
         if pixels[-1].shape != pixels[0].shape:
             raise PrunePeakError(
                 f"the image processor of {source.name} gives images of different sizes, {_size(pixels[0])} and "
@@ -163,10 +172,9 @@ def _to_pixels(source: Source, images: Iterable["Image"]) -> Tensor:
     try:
         source.blank(**{IMAGES: pixels[0].to("meta")})
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise PrunePeakError(
-            f"{source.name} does not take what its image processor makes, {_size(pixels[0])} ({reason}). The two do "
-            "not belong together."
+            f"{source.name} does not take what its image processor makes, {_size(pixels[0])} ({brief(error)}). The "
+            "two do not belong together."
         ) from None
     return torch.cat(pixels)
 
@@ -182,9 +190,13 @@ def _load_processor(source: Source) -> Any:
     except ImportError:
         raise PrunePeakError("images are read with pillow: pip install 'prune-peak[vision]'.") from None
     try:
-        return AutoImageProcessor.from_pretrained(source.folder, backend="pil", trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(source.folder, backend="pil", trust_remote_code=False)
+        asked = {name: getattr(processor, name, None) or {} for name in ("size", "crop_size", "pad_size")}
+        sides = [side for size in asked.values() for side in dict(size).values() if side is not None]
+        if not all(0 < side <= LONGEST_SIDE for side in sides):
+            raise ValueError(f"sides of {sides} pixels; expected 1 to {LONGEST_SIDE}")
+        return processor
     except Exception as error:  # every processor class raises its own kinds
-        reason = str(error).strip().splitlines()[0]
         raise PrunePeakError(
-            f"{source.folder} holds no image processor that transformers can load ({reason})."
+            f"{source.folder} holds no image processor that transformers can load ({brief(error)})."
         ) from None

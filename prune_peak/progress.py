@@ -22,6 +22,7 @@ from .errors import PrunePeakError, VerificationError
 from .planning import Decision
 from .refit import Refit
 from .selection import pack_plan, unpack_plan
+from .strangers import check_folder, parse_json, read_json
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ class Progress:
         self._answers: dict[str, Any] = {}
         self._resumed = False
         for path in (self.folder, self.partial):
-            if path.is_symlink() or (path.exists() and not path.is_dir()):
+            if os.path.islink(path) or (os.path.exists(path) and not path.is_dir()):
                 raise PrunePeakError(f"{path} is a file; choose another --output.")
-        if folder.exists() and not force:
+        if os.path.exists(folder) and not force:
             raise PrunePeakError(f"{folder} exists; pass --force to replace it, or choose another --output.")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ class Progress:
             self.checkpoint.mkdir()
             return
         try:
-            run = json.loads((self.partial / RUN_FILE).read_text(encoding="utf-8"))
+            run = read_json(self.partial / RUN_FILE)
             asked, self._answers = dict(run["question"]), dict(run["answers"])
         except (OSError, ValueError, KeyError, TypeError):
             asked = {}
@@ -99,6 +100,8 @@ class Progress:
                 f"({', '.join(changed)}). Repeat that command to go on with it, or pass --force to begin anew."
             )
         self.checkpoint.mkdir(exist_ok=True)
+        for folder in (self.partial, self.checkpoint):
+            check_folder(folder)
         self._resumed = True
         log.warning("Going on with the run that %s is left of.", self.partial)
 
@@ -165,13 +168,17 @@ class Progress:
         """What `note` was told of a block; None where it was not. The refitted readers lie in the checkpoint."""
         if not self._done_file(block).exists():
             return None
-        tensors, metadata = load_tensors(self._done_file(block))
-        about, plan = json.loads(metadata[DONE]), unpack_plan(tensors)
-        decisions = {}
-        for name, told in about["sites"].items():
-            refit = None if told["refit"] is None else Refit(**told["refit"])
-            decisions[name] = Decision(**told | {"choice": plan[name], "refit": refit})
-        return decisions, about["digests"]
+        try:
+            tensors, metadata = load_tensors(self._done_file(block))
+            about, plan = parse_json(metadata[DONE]), unpack_plan(tensors)
+            decisions = {}
+            for name, told in about["sites"].items():
+                refit = None if told["refit"] is None else Refit(**told["refit"])
+                decisions[name] = Decision(**told | {"choice": plan[name], "refit": refit})
+            return decisions, dict(about["digests"])
+        except (PrunePeakError, ValueError, KeyError, TypeError, AttributeError):
+            log.warning("%s is damaged; block %d is done again.", self._done_file(block), block)
+            return None
 
     def _done_file(self, block: int) -> Path:
         return self.partial / f"block-{block}.safetensors"

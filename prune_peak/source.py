@@ -22,14 +22,15 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from .checkpoint import Checkpoint, tensor_bytes
-from .errors import PrunePeakError
+from .errors import PrunePeakError, brief
 from .families import FAMILIES, Family
+from .strangers import check_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,16 @@ CARD = "README.md"  # read for its licence
 
 IMAGES = "pixel_values"  # the name of an input, (images, channels, height, width)
 
-MOST_BLOCKS = 1000  # far above any model; a config that claims more would only exhaust the memory
+# Far above any model: a config that claims more would only exhaust the memory
+MOST_BLOCKS, MOST_LABELS = 1000, 1_000_000
+MOST = {
+    "num_hidden_layers": MOST_BLOCKS,
+    "n_layer": MOST_BLOCKS,
+    "n_layers": MOST_BLOCKS,
+    "num_labels": MOST_LABELS,
+    "_num_labels": MOST_LABELS,
+}
+MOST_BUFFERS = 2**31  # bytes of tables (of positions, of masks) that the class computes from its config
 
 # Buffers that older releases of transformers saved and newer ones compute
 LEGACY_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.(masked_)?bias$")
@@ -198,58 +208,88 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
 def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
     folder = Path(name)
-    if folder.is_dir():
-        _refuse_links(folder)
-        return folder, None
-    if folder.exists():
-        raise PrunePeakError(f"{name} is a file; expected a model's folder or a Hub id.")
+    try:
+        if folder.is_dir():
+            check_folder(folder)
+            return folder, None
+        if folder.exists():
+            raise PrunePeakError(f"{name} is a file; expected a model's folder or a Hub id.")
+    except OSError as error:
+        raise PrunePeakError(f"{name} cannot be opened ({error.strerror}).") from None
     try:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError:
         raise PrunePeakError(f"{name} is neither a folder nor a Hub id.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PrunePeakError(f"{name} is not a folder, and the Hub does not give it: {reason}") from None
+        raise PrunePeakError(f"{name} is not a folder, and the Hub does not give it: {brief(error)}") from None
     return found, found.name
-
-
-def _refuse_links(folder: Path) -> None:
-    """A stranger's folder must not lead to files elsewhere; the Hub's cache links to the blobs beside its snapshots."""
-    root = folder.resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
-    for path in folder.iterdir():
-        if not path.resolve().is_relative_to(root):
-            raise PrunePeakError(f"{path} is a link out of its folder, which is not followed. Copy the file instead.")
 
 
 def _read_blueprint(name: str, commit: str | None, folder: Path) -> Blueprint:
     raw = _read_config(folder)
     family = _find_family(raw, folder)
-    blocks = raw.get("num_hidden_layers", raw.get("n_layer", 1))
-    if not isinstance(blocks, int) or not 1 <= blocks <= MOST_BLOCKS:
-        raise PrunePeakError(f"{folder / 'config.json'} claims {blocks!r} blocks; expected 1 to {MOST_BLOCKS}.")
+    path = folder / "config.json"
+    for key, most in MOST.items():
+        if key in raw and not (isinstance(raw[key], int) and 1 <= raw[key] <= most):
+            raise PrunePeakError(f"{path} claims a {key} of {raw[key]!r}; expected 1 to {most}.")
+    _refuse_code(raw, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise TypeError(f"dtype {raw.get('dtype', raw.get('torch_dtype'))!r}")
         model_class = find_class(config, raw.get("architectures"))
         blueprint = Blueprint(name, commit, folder, family, config, model_class)
-        blueprint.blank  # noqa: B018 - shapes that the class itself refuses are refused here
+        blank = blueprint.blank  # shapes that the class itself refuses are refused here
     except PrunePeakError:
         raise
     except Exception as error:  # transformers raises whatever its strict config classes and its modules raise
-        reason = " ".join(str(error).split())[:300]
-        raise PrunePeakError(f"{folder / 'config.json'} is not a valid {family.model_type} config: {reason}") from None
+        raise PrunePeakError(f"{path} is not a valid {family.model_type} config: {brief(error)}") from None
+    tables = sum(buffer.numel() * buffer.itemsize for buffer in blank.buffers())
+    if tables > MOST_BUFFERS:
+        raise PrunePeakError(f"{path} asks for tables of {tables:,} bytes; expected at most {MOST_BUFFERS:,}.")
+    _check_generation(folder)
     return blueprint
+
+
+def _refuse_code(raw: Mapping[str, Any], folder: Path) -> None:
+    """What makes transformers read, and perhaps run, something else than the weights of this folder."""
+    for key, value in raw.items():
+        if "_implementation" in key and "/" in json.dumps(value):
+            raise PrunePeakError(
+                f"{folder / 'config.json'} asks for {value!r} ({key}), which is code from the Hub. It is never run; "
+                "remove the key."
+            )
+    if raw.get("transformers_weights") is not None:
+        raise PrunePeakError(
+            f"{folder / 'config.json'} names weights of its own ({raw['transformers_weights']!r}); expected them under "
+            "their usual names. Remove the key transformers_weights."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise PrunePeakError(
+            f"{folder} holds an adapter (adapter_config.json), which would be put on top of the result. Merge it into "
+            "the model first."
+        )
+
+
+def _check_generation(folder: Path) -> None:
+    """Whatever loads the weights reads this file too."""
+    path = folder / "generation_config.json"
+    if path.exists():
+        try:
+            read_json(path)
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # transformers raises what its checks of every setting raise
+            raise PrunePeakError(f"{path} is not a valid generation config: {brief(error)}") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except FileNotFoundError:
         raise PrunePeakError(f"{folder} holds no config.json, so it is not a model's folder.") from None
     except (OSError, ValueError) as error:
-        raise PrunePeakError(f"{path} is not readable JSON ({error}).") from None
+        raise PrunePeakError(f"{path} is not readable JSON ({brief(error)}).") from None
     if not isinstance(raw, dict):
         raise PrunePeakError(f"{path} holds a {type(raw).__name__}; expected an object with a model_type.")
     return raw
@@ -357,6 +397,11 @@ def _check_shapes(
             raise PrunePeakError(
                 f"{checkpoint.folder}: tensor {disk!r} is {checkpoint.shape(disk)}, but config.json says "
                 f"{tuple(state[name].shape)}. The two do not belong together."
+            )
+        if state[name].is_floating_point() != checkpoint.dtype(disk).is_floating_point:
+            raise PrunePeakError(
+                f"{checkpoint.folder}: tensor {disk!r} is stored as {checkpoint.dtype(disk)}, but "
+                f"{type(blank).__name__} has {state[name].dtype} there."
             )
 
 

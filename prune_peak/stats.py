@@ -117,9 +117,14 @@ class Stats:
         for name, count in zip(COUNTS, counts, strict=True):
             setattr(stats, name, count)
         for name in SUMS + EDGES:
-            if tensors[name].shape != getattr(stats, name).shape:
-                raise ValueError(f"{name} is {tuple(tensors[name].shape)}")
-            setattr(stats, name, tensors[name])
+            tensor, expected = tensors[name], getattr(stats, name)
+            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} is not finite")
+            setattr(stats, name, tensor)
+        if not 0 < stats.sampled <= stats.count or stats.stride < 1:
+            raise ValueError(f"counts are {tensors['counts'].tolist()}")
         return stats
 
     def begin(self, values: Tensor, ranks: Ranks) -> None:

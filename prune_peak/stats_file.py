@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import Observed
+from .calibration import DTYPES, Observed
 from .checkpoint import TensorFile, stream_tensors
 from .errors import PrunePeakError
 from .evidence import Grams, Moments, Tape
 from .sites import Site
 from .source import Source
 from .stats import Stats
+from .strangers import parse_json
 from .texts import Windows
 
 STATISTICS = "prune_peak_statistics"  # the key of the metadata that tells such a file
+OPTIONS = {"calibration": str, "samples": int, "sequence_length": int, "dtype": str, "seed": int}  # that it tells
 HEADER_OF_A_SITE = 5000  # bytes at most, of two dozen tensors
 
 
@@ -127,9 +129,14 @@ def load_statistics(path: Path, source: Source, sites: Sequence[Site]) -> Statis
     """
     file = TensorFile(path)
     try:
-        about = json.loads(file.metadata[STATISTICS])
+        about = parse_json(file.metadata[STATISTICS])
         windows = Windows(about["text"], file.read("calibration")[""], file.read("held_out")[""])
         model, options, has_products = about["model"], dict(about["options"]), bool(about["products"])
+        _check_windows(windows, source)
+        if not all(options[name] is None or type(options[name]) is kind for name, kind in OPTIONS.items()):
+            raise ValueError(f"options are {options}")
+        if options["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {options['dtype']!r}")
     except (KeyError, ValueError, TypeError) as error:
         raise PrunePeakError(
             f"{path} is not a file of statistics that `prune-peak calibrate` wrote ({error!r})."
@@ -140,3 +147,15 @@ def load_statistics(path: Path, source: Source, sites: Sequence[Site]) -> Statis
         raise PrunePeakError(f"{path} does not hold statistics of every site of {source.name}. Calibrate it anew.")
     kept = sum(name.endswith("/stats/pivot") for name in file.shapes)
     return Statistics(windows, options, has_products, kept, file)
+
+
+def _check_windows(windows: Windows, source: Source) -> None:
+    """See that the windows are of a text's name, and of tokens or images as the model takes them."""
+    for part in (windows.calibration, windows.held_out):
+        if part.is_floating_point():
+            fits = source.sees_images and part.dim() == 4
+        else:
+            known = not part.numel() or 0 <= int(part.min()) <= int(part.max()) < source.config.vocab_size
+            fits = part.dtype is torch.int64 and part.dim() == 2 and known
+        if not fits or not isinstance(windows.source, str):
+            raise ValueError(f"windows of {windows.source!r} are {tuple(part.shape)} {part.dtype}")

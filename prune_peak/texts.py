@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from .arithmetic import fast_products
 from .checkpoint import load_tensors, save_tensors
-from .errors import PrunePeakError, UsageError
+from .errors import PrunePeakError, UsageError, brief
 from .source import Source
+from .strangers import check_file, parse_json
 
 SAMPLES, SEQUENCE_LENGTH = 48, 512
 SELF = "self"
@@ -55,14 +57,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # every tokenizer class raises its own kinds
-        reason = str(error).strip().splitlines()[0]
-        raise PrunePeakError(f"{source.folder} holds no tokenizer that transformers can load ({reason}).") from None
+        raise PrunePeakError(
+            f"{source.folder} holds no tokenizer that transformers can load ({brief(error)})."
+        ) from None
     return tokenizer
 
 
 def name_text(name: str | Path) -> str:
     """What to call a text or a folder of images where others read: its own name, not where it lies; a data set's id."""
-    return Path(name).name if Path(name).exists() else str(name)
+    return Path(name).name if os.path.exists(name) else str(name)
 
 
 def read_texts(name: str) -> list[str]:
@@ -72,23 +75,26 @@ def read_texts(name: str) -> list[str]:
         PrunePeakError: the file is missing, not text, or not of that form.
     """
     path = Path(name)
-    if not path.is_file() and not path.suffix:
+    if not path.suffix and (os.path.isdir(name) or not os.path.exists(name)):
         return _read_data_set(name)
     try:
+        check_file(path)
         with path.open(encoding="utf-8") as file:
             text = file.read(LONGEST_TEXT)
     except (OSError, UnicodeDecodeError) as error:
-        raise PrunePeakError(f"{name} is not a readable UTF-8 text ({error}).") from None
+        raise PrunePeakError(f"{name} is not a readable UTF-8 text ({brief(error)}).") from None
     if path.suffix != ".jsonl":
         return [text]
     texts = []
-    for number, line in enumerate(text.splitlines()[: None if len(text) < LONGEST_TEXT else -1], start=1):
+    lines = text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines[: None if len(text) < LONGEST_TEXT else -1], start=1):
         try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            texts.append(None)
-        if not isinstance(texts[-1], str):
-            raise PrunePeakError(f'{name}, line {number}: expected an object with a "text", like {{"text": "..."}}.')
+            texts.append(parse_json(line)["text"])
+            texts[-1].encode()  # half a surrogate pair can be written as JSON, and is no text
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise PrunePeakError(
+                f'{name}, line {number}: expected an object with a "text", like {{"text": "..."}}.'
+            ) from None
     return texts
 
 
@@ -108,9 +114,8 @@ def _read_data_set(name: str) -> list[str]:
             if size > LONGEST_DATA_SET:
                 break
     except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
-        reason = " ".join(str(error).split())[:200]
         raise PrunePeakError(
-            f"{name} is neither a file nor a data set with a split `train` and a column `text` ({reason})."
+            f"{name} is neither a file nor a data set with a split `train` and a column `text` ({brief(error)})."
         ) from None
     return texts
 
@@ -126,9 +131,12 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     texts = read_texts(name)
     separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
-    for text in texts:
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-    start, end = special_tokens(tokenizer)
+    try:
+        for text in texts:
+            tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        start, end = special_tokens(tokenizer)
+    except Exception as error:  # every tokenizer class raises its own kinds
+        raise PrunePeakError(f"the tokenizer fails at {name} ({brief(error)}).") from None
     body = max(1, length - len(start) - len(end))
     count = len(tokens) // body
     if count == 0:
@@ -152,13 +160,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
 def read_windows(name: str, source: Source, length: int) -> Tensor:
     """`tokenize_text` with the model's own tokenizer, checked against its vocabulary."""
     windows = tokenize_text(name, load_tokenizer(source), length)
-    highest, vocabulary = int(windows.max()), source.config.vocab_size
-    if highest >= vocabulary:
-        raise PrunePeakError(
-            f"the tokenizer of {source.name} gives the token {highest}, but the model knows {vocabulary}. "
-            "The two do not belong together."
-        )
+    if int(windows.max()) >= source.config.vocab_size:
+        raise _strangers(source, int(windows.max()))
     return windows
+
+
+def _strangers(source: Source, token: int) -> PrunePeakError:
+    return PrunePeakError(
+        f"the tokenizer of {source.name} gives the token {token}, but the model knows {source.config.vocab_size}. "
+        "The two do not belong together."
+    )
 
 
 def choose_windows(name: str, source: Source, samples: int, length: int, seed: int) -> Windows:
@@ -207,6 +218,8 @@ def sample_own_text(source: Source, count: int, length: int, seed: int) -> Tenso
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise PrunePeakError(f"{source.name}: the tokenizer has neither BOS nor EOS; pass a text with --calibration.")
+    if first >= source.config.vocab_size:
+        raise _strangers(source, first)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor(
         [token for token in range(min(len(tokenizer), source.config.vocab_size)) if token not in special]
