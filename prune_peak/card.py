@@ -53,6 +53,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Source) -> None:
         base=Path(source.label).name,
         model=source.label,
         shares=" and ".join(f"{share:.0%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe)),
+        warnings=recipe["warnings"],
         summary=_summarize(recipe),
         rows=list(_rows(recipe)),
         latency=source.blank.can_generate(),

@@ -290,6 +290,8 @@ def compress(as_json: bool, quiet: bool, dry_run: bool, push_to_hub: str | None,
         click.echo(json.dumps(result.to_json() | ({} if address is None else {"url": address}), indent=2))
     elif address is not None:
         click.echo(f"\nPushed to {address}")
+    for warning in result.warnings:
+        click.secho(f"WARNING: {warning}", fg="red", bold=True, err=True)
 
 
 @main.command()

@@ -18,7 +18,17 @@ from .budget import Budget, Widths
 from .calibration import DTYPES, Observed, calibrate_together, default_dtype, weigh
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
-from .evaluation import Exam, Quality, Verification, has_exam, measure_quality, set_exam, set_image_exam, verify
+from .evaluation import (
+    Exam,
+    Quality,
+    Verification,
+    has_exam,
+    measure_quality,
+    set_exam,
+    set_image_exam,
+    tell_collapse,
+    verify,
+)
 from .export import RECIPE_FILE, Export
 from .hosts import AUTO as AUTO_HOST
 from .hosts import Layout, Target, choose_target, lay_out, layout_bytes
@@ -80,6 +90,7 @@ class Compression:
     zero_filled: Sequence[str]  # kinds of site whose constants had no place, and so are zero
     refits: Mapping[str, Refit]  # by the site's name; empty without the refit
     scores_lost: Mapping[str, float]  # by the site's name, where heads got narrower: of their scores' variance
+    warnings: Sequence[str]  # what nobody may overlook; empty where all is well
     verification: Verification
 
     def to_json(self) -> dict[str, Any]:
@@ -206,11 +217,13 @@ def compress(
         after = measure_quality(written, exam, compute, machine) if exam else None
         cleared = {site.kind: site.neurons - kept[site.kind] for site in target.sites if site.in_place}
         refits = {name: decision.refit for name, decision in decisions.items() if decision.refit is not None}
+        collapse = tell_collapse(before, after) if before and after else None
         options |= {"sites": sorted(kept), **measured.options}
         recipe = _tell_recipe(source, target, options, measured.windows) | {
             "before": asdict(_measure_size(source, {})),
             "after": asdict(_measure_size(written, cleared)),
             "quality": {"before": before and asdict(before), "after": after and asdict(after)},
+            "warnings": [collapse] if collapse else [],
             "kept": kept,
             "fills": {name: decision.fill for name, decision in decisions.items()},
             "sites": {site.name: _tell_outcome(site, decisions[site.name]) for site in target.sites},
@@ -234,6 +247,7 @@ def compress(
         zero_filled=target.zero_filled,
         refits=refits,
         scores_lost={name: made.scores_lost for name, made in decisions.items() if made.scores_lost is not None},
+        warnings=recipe["warnings"],
         verification=verification,
     )
 

@@ -41,6 +41,11 @@ from .texts import load_tokenizer
 
 PERPLEXITY, MASKED_ACCURACY, IMAGE_ACCURACY = "perplexity", "masked-token accuracy", "image accuracy"
 MASKED = 0.15  # share of a window's ordinary tokens that a masked LM is asked for, BERT's own
+EXPLODED, COLLAPSED = (
+    10,
+    0.5,
+)  # times the original's perplexity, or accuracy: beyond, hardly anything is left of a model
+LARGEST_LOSS = 700.0  # nats; the perplexity of more is no float
 NOT_ASKED = -100  # the target that cross-entropy leaves out
 GRADED_AT_ONCE = 2**18  # logits, few enough for a processor's cache in float32: all at once takes twice the time
 
@@ -158,12 +163,22 @@ def take_exam(
     dtype: torch.dtype | None = None,
     machine: Machine = Machine(),  # noqa: B008 - frozen
 ) -> Grades:
-    """Grade a model, block-streamed: memory holds one block."""
+    """Grade a model, block-streamed: memory holds one block.
+
+    Raises:
+        PrunePeakError: its outputs are not finite.
+    """
     stream = BlockStream(source, exam.batches, dtype or source.dtype, machine.spills, machine.device)
     for _ in tqdm(stream.steps(), total=source.config.num_hidden_layers, desc=exam.metric, unit="block"):
         pass
     grades = [grade(output.logits, targets) for output, targets in zip(stream.outputs(), exam.targets, strict=True)]
-    return Grades(torch.cat([part.losses for part in grades]), torch.cat([part.hits for part in grades]))
+    losses = torch.cat([part.losses for part in grades])
+    if not bool(losses.isfinite().all()):
+        raise PrunePeakError(
+            f"{source.name} gives outputs that are not finite in {str(stream.dtype).removeprefix('torch.')} on "
+            f"{exam.text}. Pass --dtype float32, or check the source checkpoint."
+        )
+    return Grades(losses, torch.cat([part.hits for part in grades]))
 
 
 def measure_quality(
@@ -182,7 +197,7 @@ def sum_up(exam: Exam, grades: Grades, dtype: torch.dtype) -> Quality:
     accuracy, accuracy_error = _mean_and_error(grades.hits)
     value, error = accuracy, accuracy_error
     if exam.metric == PERPLEXITY:
-        value = math.exp(loss)
+        value = math.exp(min(loss, LARGEST_LOSS))
         error = None if loss_error is None else value * loss_error
     return Quality(
         metric=exam.metric,
@@ -197,6 +212,20 @@ def sum_up(exam: Exam, grades: Grades, dtype: torch.dtype) -> Quality:
         tokens=sum(int((targets != NOT_ASKED).sum()) for targets in exam.targets),
         text=exam.text,
         dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def tell_collapse(before: Quality, after: Quality) -> str | None:
+    """What nobody may overlook: that hardly anything of a model is left."""
+    if before.metric == PERPLEXITY and after.value > EXPLODED * before.value:
+        what = f"{before.value:.2f} to {after.value:.4g}, more than {EXPLODED} times the original's"
+    elif before.metric != PERPLEXITY and after.value < COLLAPSED * before.value and after.loss > before.loss:
+        what = f"{before.value:.1%} to {after.value:.1%}, less than half of the original's"
+    else:
+        return None
+    return (
+        f"hardly anything of this model is left: its {before.metric} on {before.text} went from {what}. Cut less, "
+        "or calibrate on more text, and on the kind that it will read."
     )
 
 
@@ -389,22 +418,21 @@ def _check_outputs(
     whole = original.size <= machine.whole_size
     batches = probe_batches(original, PROBES if whole else STREAMED_PROBES)
     hooks = Hooks(sites, plan)
-    if whole:
-        exact = Whole(original, torch.float32, hooks).run(batches)
-        if original.dtype is torch.float32:
-            ours = Whole(open_source(str(folder)), torch.float32).run(batches, exact)
-            _note_float32(result, exact, ours)
-        else:
-            theirs = Whole(original, original.dtype, hooks).run(batches, exact)
-            ours = Whole(open_source(str(folder)), original.dtype).run(batches, exact)
-            _note_rounding(result, exact, theirs, ours)
-        return
-    exact = _stream(original, batches, torch.float32, hooks)
+    written = open_source(str(folder))
+
+    def run(source: Source, dtype: torch.dtype, hooks: Hooks | None, teacher: Outputs | None = None) -> Outputs:
+        return Whole(source, dtype, hooks).run(batches, teacher) if whole else _stream(source, batches, dtype, hooks)
+
+    exact = run(original, torch.float32, hooks)
     if original.dtype is torch.float32:
-        _note_float32(result, exact, _stream(open_source(str(folder)), batches, torch.float32))
-    else:
-        theirs = _stream(original, batches, original.dtype, hooks)
-        _note_rounding(result, exact, theirs, _stream(open_source(str(folder)), batches, original.dtype))
+        _note_float32(result, exact, run(written, torch.float32, None, exact))
+        return
+    dtype = original.dtype
+    theirs = run(original, dtype, hooks, exact)
+    if not theirs.finite:  # float16 files of a model that overflows in float16
+        dtype = torch.bfloat16
+        theirs = run(original, dtype, hooks, exact)
+    _note_rounding(result, exact, theirs, run(written, dtype, None, exact))
 
 
 @dataclass(frozen=True)
@@ -425,6 +453,10 @@ class Outputs:
 
     logits: dict[str, Tensor]
     decoded: Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(logits.isfinite().all()) for logits in self.logits.values())
 
 
 def probe_batches(source: Source, probes: int) -> list[Batch]:
