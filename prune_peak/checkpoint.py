@@ -6,7 +6,6 @@ the first tensor is), so tensors can be written in any order and memory holds on
 
 import hashlib
 import json
-import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import PrunePeakError, brief
+from .errors import PrunePeakError, VerificationError, brief
 from .strangers import check_file, read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -138,12 +137,13 @@ class Checkpoint:
     """The tensors of a folder, by the names they have on disk.
 
     Tensors are views of memory-mapped files, so whoever changes one copies it first. Mapped pages count as resident
-    memory until `release` is called.
+    memory until `release` is called. A file that was changed meanwhile is refused when it is opened again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._format, self._shards = _find_shards(folder)
+        self._stamps = {shard: _stamp(folder / shard) for shard in self._shards.values()}
         self._open: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -176,11 +176,34 @@ class Checkpoint:
         """Let go of every mapped file; reading opens them again."""
         self._open.clear()
 
+    def check_unchanged(self) -> None:
+        """Make sure that all that was read came from the same files.
+
+        Raises:
+            VerificationError: it did not.
+        """
+        for shard, stamp in self._stamps.items():
+            if _stamp(self.folder / shard) != stamp:
+                raise VerificationError(
+                    f"{self.folder / shard} was changed while it was read, so what was made of it is not kept. "
+                    "Give the command again when the file is whole."
+                )
+
     def _handle(self, name: str) -> Any:
         shard = self._shards[name]
         if shard not in self._open:
+            self.check_unchanged()
             self._open[shard] = self._format.open(self.folder / shard)
         return self._open[shard]
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from what it was, without reading it; None where it is gone."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return None
+    return seen.st_size, seen.st_mtime_ns, seen.st_ino
 
 
 def _find_shards(folder: Path) -> tuple[Format, dict[str, str]]:
@@ -317,8 +340,6 @@ class Writer:
         if missing:
             raise ValueError(f"never written: {sorted(missing)}")
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}

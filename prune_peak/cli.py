@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .tasks import Scores
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+NO_MEMORY = ("allocate memory", "failed to map segment")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -47,6 +48,14 @@ class Group(click.Group):
         except click.ClickException as error:
             error.message = one_line(error.message)  # type: ignore[misc]  # a word of the command line may be a file's
             raise
+        except (MemoryError, RuntimeError, OSError, ImportError) as error:
+            # torch and the loader of libraries have no kind of their own for it
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+                raise
+            raise click.ClickException(
+                "not enough memory. `compress --dry-run` tells how much is needed; whatever was finished is kept: the "
+                "same command goes on from there."
+            ) from None
         except KeyboardInterrupt:
             click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
             sys.exit(130)

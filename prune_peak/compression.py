@@ -406,10 +406,12 @@ def _verify(folder: Path, source: Source, recipe: dict[str, Any], machine: Machi
     """Check the folder by its recipe, and write the recipe with what was seen.
 
     Raises:
-        VerificationError: it does not compute what it should.
+        VerificationError: it does not compute what it should, or was made of files that changed meanwhile.
     """
     _write_json(folder / RECIPE_FILE, recipe)
+    source.checkpoint.check_unchanged()
     verification = verify(folder, source, machine)
+    source.checkpoint.check_unchanged()
     if not verification.passed:
         failed = [f"{check['check']} ({check['seen']})" for check in verification.checks if not check["passed"]]
         raise VerificationError(

@@ -15,7 +15,7 @@ class UsageError(PrunePeakError):
 
 
 class VerificationError(PrunePeakError):
-    """A written folder does not compute what it should."""
+    """What was written does not compute what it should, or cannot be known to."""
 
 
 class LostProcessError(Exception):

@@ -34,7 +34,7 @@ DISK_MARGIN = 50_000_000  # bytes that must stay free beside the output
 class Progress:
     """The partial folder of one run; within the context no other run touches it.
 
-    A refusal removes what this run began, and so does a disk that takes no more; an interruption keeps it.
+    A refusal removes what this run began; an interruption keeps it, and so does a disk that takes no more.
 
     Args:
         folder: the final name.
@@ -53,7 +53,7 @@ class Progress:
         self._lock = FileLock(self.partial / LOCK_FILE, timeout=0)
         self._question = json.loads(json.dumps(question))
         self._answers: dict[str, Any] = {}
-        self._resumed = False
+        self._resumed, self._force = False, force
         for path in (self.folder, self.partial):
             if os.path.islink(path) or (os.path.exists(path) and not path.is_dir()):
                 raise PrunePeakError(f"{path} is a file; choose another --output.")
@@ -62,16 +62,16 @@ class Progress:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-        except Timeout:
-            raise PrunePeakError(f"another run is writing {folder}; let it end, or choose another --output.") from None
-        except OSError as error:
-            raise PrunePeakError(f"{self.partial} cannot be written ({error.strerror}).") from None
-        try:
             if force:
                 self._clear()
             self._recall()
             self._check_disk(size)
-        except PrunePeakError:
+        except Timeout:
+            raise PrunePeakError(f"another run is writing {folder}; let it end, or choose another --output.") from None
+        except OSError as error:
+            self._lock.release()
+            raise PrunePeakError(f"{self.partial} cannot be written ({error.strerror}).") from None
+        except BaseException:
             self._lock.release()
             raise
 
@@ -122,12 +122,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stays = self._resumed and not isinstance(error, VerificationError)
-        if isinstance(error, PrunePeakError | OSError) and not stays:
+        if isinstance(error, PrunePeakError) and (not self._resumed or isinstance(error, VerificationError)):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release()
         if isinstance(error, OSError):
-            rest = "The same command goes on." if stays else "Nothing of it was kept."
+            kept = f"Whatever was finished is kept in {self.partial}: the same command goes on from there."
+            rest = kept if self.partial.is_dir() else f"{self.partial} is gone, and what was done with it."
             raise PrunePeakError(f"{self.folder} could not be written ({error}). {rest}") from None
 
     def recall(self, name: str) -> Any:
@@ -184,12 +184,28 @@ class Progress:
         return self.partial / f"block-{block}.safetensors"
 
     def finish(self) -> None:
-        """Give the checkpoint its final name."""
+        """Give the checkpoint its final name, once the disk holds all of it."""
+        for path in (*self.checkpoint.iterdir(), self.checkpoint):
+            _sync(path)
         replaced = self.partial / "replaced"
-        if self.folder.exists():
+        if self._force and self.folder.exists():
             os.replace(self.folder, replaced)
-        os.replace(self.checkpoint, self.folder)
-        shutil.rmtree(self.partial)
+        try:
+            os.replace(self.checkpoint, self.folder)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, self.folder)
+            raise
+        shutil.rmtree(self.partial, ignore_errors=True)  # the result is there; what else fails is no failure
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder: a full one may say so only now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _tell(decision: Decision) -> dict[str, Any]:
