@@ -53,8 +53,8 @@ class Group(click.Group):
             if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
                 raise
             raise click.ClickException(
-                "not enough memory. `compress --dry-run` tells how much is needed; whatever was finished is kept: the "
-                "same command goes on from there."
+                "not enough memory. `compress --dry-run` tells how much is needed, and --max-memory makes do with "
+                "less; whatever was finished is kept: the same command goes on from there."
             ) from None
         except KeyboardInterrupt:
             click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
