@@ -199,5 +199,6 @@ def test_the_template_is_in_the_package() -> None:
     settings = configparser.ConfigParser()
     settings.read(root / "setup.cfg")
     declared = settings["options.package_data"]["prune_peak"].split()
-    held = {path.name for path in (root / "prune_peak").iterdir() if path.is_file() and path.suffix != ".py"}
+    package = Path(prune_peak.__file__).parent  # where the tests run on an installed wheel, that of the wheel
+    held = {path.name for path in package.iterdir() if path.is_file() and path.suffix != ".py"}
     assert held == set(declared)
