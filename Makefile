@@ -40,7 +40,8 @@ oldest:  ## the demo and the tests in a new environment, at the lower bounds of 
 	cd build/oldest && venv/bin/pytest $(TESTS)
 
 TESTS ?= tests
-READERS := 4.57.1+0.22.2+0.36.0 5.0.0+0.22.2+1.5.0 5.12.0+0.22.2+1.5.0
+# transformers, and the tokenizers and huggingface-hub that belong to it; torch is the one of .venv
+READERS := 4.57.1+0.22.2+0.36.0 5.0.0+0.22.2+1.5.0 5.12.0+0.22.2+1.5.0 5.20.0+0.23.1+1.31.0
 
 readers: .venv/ready  ## what older releases of transformers make of what is written
 	$(BIN)/python bench/readers.py write build/readers
@@ -48,8 +49,10 @@ readers: .venv/ready  ## what older releases of transformers make of what is wri
 		set -- $$(echo $$versions | tr + ' '); \
 		$(BIN)/pip install --quiet --no-deps --target build/transformers-$$1 \
 			transformers==$$1 tokenizers==$$2 huggingface-hub==$$3; \
-		PYTHONPATH=build/transformers-$$1 $(BIN)/python bench/readers.py read build/readers; \
+		PYTHONPATH=build/transformers-$$1 $(BIN)/python bench/readers.py read build/readers > build/readers/log; \
 	done
+	$(BIN)/python bench/readers.py read build/readers > build/readers/log
+	$(BIN)/python bench/readers.py table build/readers
 
 bench: .venv/ready  ## every figure of docs/performance.md, as JSON in bench-output: an hour or two, alone on the machine
 	$(BIN)/python bench/all.py

@@ -25,6 +25,10 @@ from .source import SIDE_FILES, Source
 RECIPE_FILE = "prune_peak.json"
 PLAN_FILE = "prune_peak_plan.safetensors"
 
+# What older releases call the rotary base, where it is not rope_theta, and that of blocks with a window
+ROPE_KEYS = {"modernbert": "global_rope_theta"}
+LOCAL_ROPE_KEYS = {"gemma3_text": "rope_local_base_freq", "modernbert": "local_rope_theta"}
+
 # What we write ourselves, or what belongs to the source's files alone
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", RECIPE_FILE}
 
@@ -119,12 +123,19 @@ def write_config(config: PreTrainedConfig, path: Path) -> None:
     """config.json, with the rope keys of older releases of transformers beside the new ones (they ignore the new)."""
     values = config.to_diff_dict()
     rope = getattr(config, "rope_parameters", None)
+    if rope and "full_attention" in rope:  # one for each kind of block
+        if config.model_type in LOCAL_ROPE_KEYS and "sliding_attention" in rope:
+            values[LOCAL_ROPE_KEYS[config.model_type]] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if rope and "rope_theta" in rope:
         scaling = dict(rope)
-        values["rope_theta"] = scaling.pop("rope_theta")
+        values[ROPE_KEYS.get(config.model_type, "rope_theta")] = scaling.pop("rope_theta")
         if "partial_rotary_factor" in scaling:
             values["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
-        values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        if scaling["rope_type"] == "longrope" and "original_max_position_embeddings" in scaling:
+            values["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+        if config.model_type not in ROPE_KEYS:  # ModernBERT knew no scaling, and now takes it for both kinds of block
+            values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
