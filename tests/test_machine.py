@@ -58,9 +58,9 @@ def test_hidden_states_in_a_file_are_the_same(tmp_path: Path) -> None:
     streams = [BlockStream(source, batches, torch.bfloat16, spills) for spills in (False, True)]
     outputs = []
     for stream in streams:
-        powers = [step.power() for step in stream.steps()]
+        powers = torch.stack([step.powers() for step in stream.steps()])
         outputs.append((powers, [output.logits for output in stream.outputs()]))
-    assert outputs[0][0] == outputs[1][0]
+    assert torch.equal(outputs[0][0], outputs[1][0])
     assert all(torch.equal(first, second) for first, second in zip(outputs[0][1], outputs[1][1], strict=True))
 
 
