@@ -233,7 +233,7 @@ def test_more_tokens_than_the_model_knows(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(folder)
     result = run(folder, tmp_path / "model.gguf")
     assert result.exit_code == 1
-    assert "has 1024 tokens, but the model knows 97" in result.stderr
+    assert "has the token 1023, but the model knows 97" in result.stderr
 
 
 def test_files_that_are_there_and_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ AS_COMMANDS = [
 ADDRESS_SPACE = 3 * 2**30  # bytes; importing torch and transformers takes one
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("case", AS_COMMANDS)
 def test_refused_as_a_command(case: str, valid: Path, tmp_path: Path) -> None:
     folder = tmp_path / "inputs"

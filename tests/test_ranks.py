@@ -47,6 +47,7 @@ def run_together(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.real
 def test_two_processes_give_the_plan_of_one(tmp_path: Path, text: Path) -> None:
     words = ("compress", *CUT, "--calibration", text, "--json", "--output")
     shared = run_together("-m", "prune_peak", *words, tmp_path / "shared")
@@ -63,6 +64,7 @@ def test_two_processes_give_the_plan_of_one(tmp_path: Path, text: Path) -> None:
         assert torch.allclose(models[0][name], value, rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     ("failure", "stays"),
     [('raise PrunePeakError("block 1 is bad")', False), ("os.kill(os.getpid(), signal.SIGKILL)", True)],
@@ -83,6 +85,7 @@ def test_a_process_that_fails_ends_both(failure: str, stays: bool, tmp_path: Pat
         assert not (tmp_path / "cut.partial").exists()
 
 
+@pytest.mark.real
 def test_more_processes_than_batches_are_refused(tmp_path: Path, text: Path) -> None:
     words = ("--model", EXAMPLES / "opt-mini", "--ratio", 0.3, "--samples", 4, "--calibration", text)
     refused = run_together("-m", "prune_peak", "compress", *words, "--output", tmp_path / "cut")
