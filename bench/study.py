@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--dtype", default="float32", help="of the model's own products, so that bare is bare")
     options = parser.parse_args()
     bodies: list[float] = []
     wholes: list[float] = []
@@ -60,6 +61,7 @@ def main() -> None:
             calibration=str(text),
             samples=options.samples,
             sequence_length=options.sequence_length,
+            dtype=options.dtype,
             seeds=1,
         )
         seconds = time.process_time() - began - sum(bodies) - sum(wholes)
