@@ -69,11 +69,11 @@ def test_smollm2_compresses_and_loads_with_stock_transformers(smollm2: Path, pro
     stock = json.loads(loaded.stdout)
     assert not any(stock["info"].values())
     assert stock["parameters"] == result["after"]["parameters"]
-    words = stock["text"].replace("<|im_end|>", " ").split()
-    known = {word.strip(".,:;()\"'").lower() for word in prose.read_text().split()}
-    english = [word for word in words if word.strip(".,:;()\"'").lower() in known]
-    assert len(words) > 8
-    assert len(english) > 0.7 * len(words), stock["text"]
+    tokens = AutoTokenizer.from_pretrained(smollm2)(stock["text"], return_tensors="pt")["input_ids"]
+    original = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    with torch.inference_mode():
+        loss = original(tokens, labels=tokens).loss.item()
+    assert loss < 4, stock["text"]  # the original finds it English: the same words shuffled have 6.7, random tokens 13
 
 
 @pytest.mark.real
