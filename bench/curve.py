@@ -18,8 +18,7 @@ from tqdm import tqdm
 from prune_peak.ablation import ablated
 from prune_peak.blocks import BlockStream
 from prune_peak.budget import Budget
-from prune_peak.calibration import Observed, Watch, into_batches, observing
-from prune_peak.compression import DTYPES
+from prune_peak.calibration import DTYPES, Observed, Watch, into_batches, observing
 from prune_peak.selection import Choice
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source

@@ -18,13 +18,13 @@ from large import forget, highest_memory, timed
 from random_llama import write_random_llama
 
 from prune_peak.budget import Budget
-from prune_peak.calibration import Observed, load_statistics
 from prune_peak.compression import save_statistics
 from prune_peak.export import Export
 from prune_peak.hosts import choose_target, lay_out
 from prune_peak.planning import Rules, choose
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
+from prune_peak.stats_file import load_statistics
 
 CHUNK = 16 * 2**20  # bytes
 
@@ -42,13 +42,13 @@ def export(model: Path, stats: Path, target_folder: Path) -> None:
     """What `compress --stats --no-refit` does up to the written checkpoint."""
     source = open_source(str(model))
     sites = find_sites(source.blank, source.family)
-    held = load_statistics(stats, source, sites)
+    statistics = load_statistics(stats, source, sites)
     [kept] = Budget(0.3).splits(source, sites)
     target = choose_target(source, sites, kept, source.dtype)
     rules = Rules(score="deviation", refit=False)
     with Export(target, lay_out(target), target_folder) as out:
         for site in sites:
-            choice = choose(source, Observed(site, held.stats[site.name]), kept[site.kind], rules).choice
+            choice = choose(source, statistics.observed(site), kept[site.kind], rules).choice
             out.write_block(site.block, {site.name: choice})
         out.finish()
 

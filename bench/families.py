@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -25,7 +26,7 @@ sys.path.append(str(EXAMPLES))
 from train_mini import read_text, split  # noqa: E402 - a script beside this folder
 
 RATIO = 0.3
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "zero": {"fill": "zero", "refit": False},
     "mean": {"fill": "mean", "refit": False},
     "peak": {"fill": "peak", "refit": False},
@@ -40,7 +41,7 @@ class Case:
 
     model: str
     kind: str
-    options: dict[str, object]
+    options: dict[str, Any]
 
 
 CASES = [

@@ -6,6 +6,7 @@ python bench/narrow_heads.py > docs/narrow-heads.md
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -14,7 +15,7 @@ from prune_peak.compression import Compression
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RATIOS = (0.25, 0.5, 0.75)
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "zero": {"fill": "zero", "refit": False},
     "peak": {"refit": False},
     "mean": {"fill": "mean", "refit": False},

@@ -30,8 +30,7 @@ from transformers import PreTrainedModel
 from prune_peak.ablation import ablated
 from prune_peak.arithmetic import fast_products
 from prune_peak.budget import Budget
-from prune_peak.calibration import Observed, calibrate, into_batches
-from prune_peak.compression import DTYPES
+from prune_peak.calibration import DTYPES, Observed, calibrate, into_batches
 from prune_peak.planning import Rules, choose
 from prune_peak.selection import Choice, keep_best, select
 from prune_peak.sites import find_sites

@@ -62,7 +62,8 @@ def load(folder: Path) -> tuple[Any, str]:
 
 @torch.inference_mode()
 def answer(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**given)[0].float().contiguous()
+    logits: torch.Tensor = model(**given)[0].float()
+    return logits.contiguous()
 
 
 def read(folder: Path) -> bool:
@@ -109,8 +110,8 @@ def table(folder: Path) -> None:
     print("|", " | ".join(["written as", "cases", *versions]), "|")
     print("|", " | ".join(["---"] * (len(versions) + 2)), "|")
     for name in sorted(found[versions[-1]]):
-        cells = [tell(found[version][name]) for version in versions]
-        print("|", " | ".join([name, str(len(found[versions[-1]][name])), *cells]), "|")
+        told = [tell(found[version][name]) for version in versions]
+        print("|", " | ".join([name, str(len(found[versions[-1]][name])), *told]), "|")
 
 
 def tell(rows: list[dict[str, Any]]) -> str:

@@ -50,7 +50,7 @@ def main() -> None:
         measured += 1
         return measure(bench, cell)
 
-    Bench.measure = measure_and_time  # type: ignore[method-assign]
+    Bench.measure = measure_and_time  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "topics.txt"
         text.write_text("\n\n".join(topics[name] for name in sorted(topics)))

@@ -27,6 +27,7 @@ from .sites import blocks_path, find_blocks
 from .source import Source
 
 CPU = torch.device("cpu")
+FEW_BYTES = 2**25  # of a block's weights; so few are not worth giving back, for new pages cost more than they save
 
 Batch = dict[
     str, Tensor
@@ -234,6 +235,9 @@ class BlockStream:
                     list_.append(twins.share(recorder.call))
         for index, block in enumerate(self._blocks):
             with self._weights(f"{self._path}.{index}", block, self._device):
+                if index + 1 < self.blocks:
+                    following = _parameters(self._blocks[index + 1], f"{self._path}.{index + 1}")
+                    self.source.read_ahead([name for name, *_ in following])
                 step = Step(index, block, self._states, calls[index], self._device)
                 yield step
                 if not step.ran:
@@ -283,9 +287,9 @@ class BlockStream:
     @contextmanager
     def _weights(self, prefix: str, module: nn.Module, device: torch.device = CPU) -> Iterator[None]:
         """The module's parameters, read on entry and back on `meta` on exit; its buffers on the device meanwhile."""
-        blank = [(owner, leaf, value) for _, owner, leaf, value in _parameters(module)]
-        for path, owner, leaf, _ in _parameters(module):
-            tensor = self.source.read(".".join(part for part in (prefix, path, leaf) if part))
+        blank = _parameters(module, prefix)
+        for name, owner, leaf, _ in blank:
+            tensor = self.source.read(name)
             # a copy, for its alignment: kernels round differently on memory that is mapped at an odd offset
             tensor = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             owner._parameters[leaf] = nn.Parameter(_to_device(tensor, device), requires_grad=False)
@@ -294,10 +298,11 @@ class BlockStream:
         try:
             yield
         finally:
-            for owner, leaf, value in blank:
+            for _, owner, leaf, value in blank:
                 owner._parameters[leaf] = value
             _move_buffers(module, CPU)
-            _return_memory()
+            if sum(value.numel() for *_, value in blank) * self.dtype.itemsize > FEW_BYTES:
+                _return_memory()
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
@@ -325,9 +330,10 @@ def _return_memory() -> None:
             trim(0)
 
 
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+def _parameters(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every parameter of a module, with its name in the whole model, and where it is."""
     return [
-        (path, owner, leaf, value)
+        (".".join(part for part in (prefix, path, leaf) if part), owner, leaf, value)
         for path, owner in module.named_modules()
         for leaf, value in owner._parameters.items()
         if value is not None

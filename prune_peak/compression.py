@@ -176,7 +176,9 @@ def compress(
     if statistics is not None:
         statistics.check(found, rules.refit, rules.fill == AUTO, len(splits) > 1)
     load = weigh(source, found, calibration, samples, sequence_length, dtype, seed, rules.needs_evidence)
-    machine = plan_machine(source, load if statistics is None else replace(load, tokens=0), max_memory, device)
+    if statistics is not None:
+        load = replace(load, tokens=0, samples_text=False)
+    machine = plan_machine(source, load, max_memory, device)
     options = {
         **budget.options,
         **asdict(rules),

@@ -7,7 +7,6 @@ nothing missing, unexpected or mismatched, and compute what the original compute
 fills (`ablation.py`).
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +26,7 @@ from .ablation import ablated
 from .arithmetic import fast_products
 from .blocks import Batch, BlockStream
 from .calibration import BATCH_IMAGES, into_batches
-from .checkpoint import Checkpoint, load_tensors, tensor_bytes
+from .checkpoint import Checkpoint, digest_tensor, load_tensors
 from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, tell_block
 from .hosts import Target, choose_target
@@ -367,7 +366,7 @@ def _check_digests(result: Verification, folder: Path, recipe: Mapping[str, Any]
     expected = recipe["tensors"]
     changed = sorted(expected.keys() ^ set(checkpoint.names))
     for name in tqdm(sorted(expected.keys() & set(checkpoint.names)), desc="verify bytes", unit="tensor"):
-        if hashlib.sha256(tensor_bytes(checkpoint.read(name))).hexdigest() != expected[name]:
+        if digest_tensor(checkpoint.read(name)) != expected[name]:
             changed.append(name)
         checkpoint.release()
     seen = f"{len(expected)} tensors as written" if not changed else f"changed since written: {', '.join(changed[:3])}"

@@ -9,8 +9,10 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-from .checkpoint import Checkpoint, tensor_bytes
+from .checkpoint import Checkpoint, digest_tensor
 from .errors import PrunePeakError, brief
 from .families import FAMILIES, Family
 from .strangers import check_folder, read_json
@@ -118,6 +120,10 @@ class Source(Blueprint):
         """A tensor by its name in the class."""
         return self.checkpoint.read(self.names[self.tied.get(name, name)])
 
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """`Checkpoint.read_ahead`, by names in the class."""
+        self.checkpoint.read_ahead([self.names[self.tied.get(name, name)] for name in names])
+
     def shell(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with parameters on `meta` and real buffers, in evaluation mode, without a cache."""
         default = torch.get_default_dtype()
@@ -151,10 +157,15 @@ class Source(Blueprint):
         if self.revision is not None:
             return self.revision
         total = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for name, disk in sorted(self.names.items()):
-            total.update(name.encode())
-            total.update(tensor_bytes(self.checkpoint.read(disk)))
-            self.checkpoint.release()
+        names = sorted(self.names.items())
+        at_once = os.cpu_count() or 1
+        with ThreadPoolExecutor(at_once) as pool:
+            for start in range(0, len(names), at_once):
+                tensors = {name: self.checkpoint.read(disk) for name, disk in names[start : start + at_once]}
+                for name, digest in zip(tensors, pool.map(digest_tensor, tensors.values()), strict=True):
+                    total.update(name.encode() + digest.encode())
+                del tensors
+                self.checkpoint.release()
         return total.hexdigest()
 
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import BY_NAME
 
-from prune_peak.checkpoint import INDEX_FILE, Checkpoint, Writer
+from prune_peak.checkpoint import INDEX_FILE, Checkpoint, Writer, _places, _read_through, tensor_bytes
 from prune_peak.errors import PrunePeakError
 from prune_peak.source import open_source
 
@@ -41,6 +41,28 @@ def test_shards(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == 2000
     checkpoint = Checkpoint(tmp_path)
     assert [checkpoint.read(f"t{number}")[0].item() for number in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_what_is_read_ahead_are_the_bytes_of_the_tensors(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "empty": torch.zeros(0, 3)}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    data, places = path.read_bytes(), _places(path)
+    assert {name: data[slice(*place)] for name, place in places.items()} == {
+        name: bytes(tensor_bytes(tensor)) for name, tensor in tensors.items()
+    }
+
+
+def test_what_vanishes_while_it_is_read_ahead_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.read_ahead(["a"])
+    for garbage in (b"", b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]", bytes(100)):
+        path.write_bytes(garbage)
+        _read_through(tmp_path, {"a": path.name})
+    path.unlink()
+    _read_through(tmp_path, {"a": path.name})
 
 
 def test_a_tensor_left_out_is_an_error(tmp_path: Path) -> None:
