@@ -70,7 +70,9 @@ class Budget:
         Raises:
             PrunePeakError: nothing would be cut, nothing kept, or the target cannot be reached.
         """
-        first = {site.kind: site for site in reversed(sites)}
+        first: dict[str, Site] = {}
+        for site in sorted(sites, key=lambda site: site.kind):  # attention before the MLP, whose steps are finer
+            first.setdefault(site.kind, site)
         steps = {kind: width_step(site, multiple_of) for kind, site in first.items()}
         if self.ratio is not None:
             ratios = self.ratio if isinstance(self.ratio, Mapping) else dict.fromkeys(first, self.ratio)

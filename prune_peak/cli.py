@@ -657,7 +657,7 @@ def _print_compression(result: "Compression") -> None:
     if result.zero_filled:
         kinds = " and ".join(result.zero_filled)
         click.echo(f"Held at zero: the {kinds} neurons that were cut, for {result.model_class} has no bias there.")
-    if len(result.fills) > 1:
+    if set(result.fills) != {"peak"}:
         click.echo(
             "Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in sorted(result.fills.items())) + "."
         )

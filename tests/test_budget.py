@@ -8,9 +8,12 @@ from conftest import EXAMPLES
 from test_compress import run
 
 import prune_peak
-from prune_peak.budget import Budget
+from prune_peak.budget import Budget, count_parameters
 from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.hosts import choose_target
 from prune_peak.inspection import inspect
+from prune_peak.sites import find_sites
+from prune_peak.source import open_source
 
 MINI = str(EXAMPLES / "llama-mini")
 
@@ -73,6 +76,21 @@ def test_a_target_is_split_over_both_kinds(tmp_path: Path, text: Path) -> None:
     recipe = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())
     assert recipe["options"]["target_params"] == 0.7
     assert recipe["options"]["sites"] == sorted(recipe["kept"])
+
+
+def test_every_split_has_the_widest_mlp_that_fits() -> None:
+    source = open_source(MINI)
+    sites = find_sites(source.blank, source.family, ("mlp", "attention"))
+    splits = Budget(target_params=0.8).splits(source, sites)
+    assert [split.get("attention") for split in splits] == [64, None]  # of 128: one head or two of each group
+    for split in splits:
+        narrow, wide = (
+            count_parameters(
+                choose_target(source, sites, {"attention": 128, **split, "mlp": width}, source.dtype).blank
+            )
+            for width in (split["mlp"], split["mlp"] + 8)
+        )
+        assert narrow <= 0.8 * source.parameters < wide
 
 
 @pytest.mark.parametrize(("unit", "cache"), [("head", 1.0), ("group", 0.5)])

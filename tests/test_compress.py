@@ -93,6 +93,22 @@ def test_same_command_same_bytes(tmp_path: Path, text: Path) -> None:
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
+def test_two_threads_keep_the_same_neurons(tmp_path: Path, text: Path) -> None:
+    """And the same weights to rounding; docs/reproducibility.md tells what was seen."""
+    words = (text, "--samples", 8, "--refit")
+    assert compress(EXAMPLES / "llama-mini", tmp_path / "one", *words).exit_code == 0
+    torch.set_num_threads(2)
+    try:
+        assert compress(EXAMPLES / "llama-mini", tmp_path / "two", *words).exit_code == 0
+    finally:
+        torch.set_num_threads(1)
+    one, two = (load_file(tmp_path / name / PLAN_FILE) for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one if name.endswith(".keep"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5 * weight.abs().max().item(), msg=name)
+
+
 def test_own_text_is_the_default(tmp_path: Path) -> None:
     words = ("--ratio", 0.3, "--samples", 4, "--sequence-length", 32, "-q", "--json")
     for name in ("one", "two"):  # sampled, then from the cache
