@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from prune_peak import compress
-from prune_peak.evaluation import verify
 from prune_peak.progress import RUN_FILE
+from prune_peak.verification import verify
 
 FORK = multiprocessing.get_context("fork")  # imports once
 

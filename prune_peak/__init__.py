@@ -13,10 +13,10 @@ from .errors import PrunePeakError, UsageError, VerificationError
 if TYPE_CHECKING:
     from .comparison import evaluate
     from .compression import Compression, compress
-    from .evaluation import Verification, verify
     from .gguf_file import export_gguf
     from .hub import push
     from .source import Source, open_source
+    from .verification import Verification, verify
 
 __version__ = "0.1.0.dev0"
 __all__ = [

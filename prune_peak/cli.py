@@ -374,8 +374,8 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
       prune-peak verify opt-1.3b-peak-0.3 --model facebook/opt-1.3b
     """
     _settle(quiet)
-    from .evaluation import verify as run
     from .source import open_source
+    from .verification import verify as run
 
     result = run(folder, None if model is None else open_source(model, revision))
     if as_json:

@@ -18,17 +18,7 @@ from .budget import Budget, Widths
 from .calibration import DTYPES, Observed, calibrate_together, default_dtype, weigh
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
-from .evaluation import (
-    Exam,
-    Quality,
-    Verification,
-    has_exam,
-    measure_quality,
-    set_exam,
-    set_image_exam,
-    tell_collapse,
-    verify,
-)
+from .evaluation import Exam, Quality, has_exam, measure_quality, set_exam, set_image_exam, tell_collapse
 from .export import RECIPE_FILE, Export
 from .hosts import AUTO as AUTO_HOST
 from .hosts import Layout, Target, choose_target, lay_out, layout_bytes
@@ -52,6 +42,7 @@ from .texts import (
     read_windows,
     window_length,
 )
+from .verification import Verification, verify
 
 log = logging.getLogger(__name__)
 

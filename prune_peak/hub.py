@@ -13,7 +13,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .errors import PrunePeakError, UsageError
-from .evaluation import verify
+from .verification import verify
 
 MESSAGE = "Upload a checkpoint cut with prune-peak"
 

@@ -48,13 +48,13 @@ from prune_peak.cells import CellFile
 from prune_peak.cli import Bytes, Kinds, Ratio
 from prune_peak.compression import compress
 from prune_peak.errors import PrunePeakError
-from prune_peak.evaluation import read_plan, read_recipe, verify
 from prune_peak.images import choose_images
 from prune_peak.inspection import inspect
 from prune_peak.sites import find_sites
 from prune_peak.source import Source, open_source
 from prune_peak.stats_file import load_statistics
 from prune_peak.texts import read_windows
+from prune_peak.verification import read_plan, read_recipe, verify
 
 SECONDS = 60  # that one input may take
 MEMORY = 6 * 2**30  # bytes of address space, of which the imports take one

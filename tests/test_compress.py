@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prune_peak
 from prune_peak import machine
 from prune_peak.cli import main
-from prune_peak.evaluation import verify
 from prune_peak.export import PLAN_FILE
 from prune_peak.machine import Machine
 from prune_peak.source import open_source
+from prune_peak.verification import verify
 
 MINI = ["opt-mini", "llama-mini", "mistral-mini", "roberta-mini"]
 ROBERTA = EXAMPLES / "roberta-mini"
@@ -177,7 +177,7 @@ def test_verify_compares_with_the_original(good: Path, name: str, words: str) ->
 
 def test_a_result_that_fails_is_not_kept(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prune_peak.export.fold", lambda weight, bias, fill, keep: torch.ones(weight.shape[0]))
-    monkeypatch.setattr("prune_peak.evaluation._check_tensors", lambda *_: None)
+    monkeypatch.setattr("prune_peak.verification._check_tensors", lambda *_: None)
     result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4)
     assert result.exit_code == 1
     assert "does not compute what it should" in result.output

@@ -20,7 +20,7 @@ import pytest
 from conftest import EXAMPLES
 from faults import End, Server
 
-from prune_peak.evaluation import verify
+from prune_peak.verification import verify
 
 pytestmark = [
     pytest.mark.faults,

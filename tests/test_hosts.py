@@ -13,12 +13,12 @@ from tiny import BY_NAME, Tiny
 
 from prune_peak.ablation import ablated
 from prune_peak.errors import PrunePeakError, UsageError
-from prune_peak.evaluation import Outputs
 from prune_peak.export import Export
 from prune_peak.hosts import HOSTS, choose_target, lay_out
 from prune_peak.selection import Choice, keep_best
 from prune_peak.sites import find_sites
 from prune_peak.source import Blueprint, open_blueprint, open_source
+from prune_peak.verification import Outputs
 
 HIDDEN, WIDTH, KEPT, LENGTH = 24, 32, 16, 40
 ORIGINAL, POSITIONS = 16, 32  # positions; fewer than the text has, so that scaling by length shows

@@ -24,7 +24,6 @@ from prune_peak.ablation import ablated
 from prune_peak.blocks import Batch
 from prune_peak.calibration import calibrate, into_batches
 from prune_peak.errors import PrunePeakError
-from prune_peak.evaluation import FLOAT32_BOUND, Outputs, read_plan
 from prune_peak.export import Export
 from prune_peak.families import FAMILIES
 from prune_peak.hosts import choose_target, lay_out
@@ -32,6 +31,7 @@ from prune_peak.planning import narrow_heads
 from prune_peak.selection import Choice, select
 from prune_peak.sites import Site, cuttable_kinds, find_sites
 from prune_peak.source import Source, open_source
+from prune_peak.verification import FLOAT32_BOUND, Outputs, read_plan
 
 KEPT = 40
 AUTO = {

@@ -17,13 +17,14 @@ from prune_peak.cells import Cell
 from prune_peak.cli import main
 from prune_peak.curves import CROSS_ENTROPY, Curve, is_carried, mean_and_error
 from prune_peak.errors import PrunePeakError, UsageError
-from prune_peak.evaluation import MASKED_ACCURACY, PERPLEXITY, Exam, Grades, read_plan, set_exam, take_exam
+from prune_peak.evaluation import MASKED_ACCURACY, PERPLEXITY, Exam, Grades, set_exam, take_exam
 from prune_peak.material import find_material, split_windows
 from prune_peak.selection import Choice
 from prune_peak.sites import KINDS, find_sites
 from prune_peak.source import IMAGES, open_source
 from prune_peak.study import STUDIED_FILLS, Bench, ablate, find_studied, load_whole, summarize
 from prune_peak.texts import SELF
+from prune_peak.verification import read_plan
 
 LLAMA = str(EXAMPLES / "llama-mini")
 SMALL: dict[str, Any] = {"samples": 2, "sequence_length": 48, "seeds": 2, "fractions": (0.0, 0.5)}
