@@ -1,3 +1,4 @@
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,15 @@ transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """A command's `-q` holds for its process: the next test in this one hears warnings again."""
+    logger = logging.getLogger("prune_peak")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 LAW_TABLE = Path(__file__).parent.parent / "docs" / "law.md"
