@@ -28,6 +28,7 @@ from .source import Source
 
 CPU = torch.device("cpu")
 FEW_BYTES = 2**25  # of a block's weights; so few are not worth giving back, for new pages cost more than they save
+FEW_TOKENS = 4
 
 Batch = dict[
     str, Tensor
@@ -245,14 +246,14 @@ class BlockStream:
                         pass
 
     def _ask_for_tuple(self) -> bool:
-        """Whether blocks answer with a tuple, as the first one does when it runs on one sequence."""
+        """Whether blocks answer with a tuple, as the first one does when it runs on a few tokens, or one image."""
         body = self.model.base_model
         with self._recording() as recorders, self._outer_weights(body), suppress(Seen):
-            body(**{name: values[:1] for name, values in self._batches[0].items()})
+            body(**{name: _begin(values) for name, values in self._batches[0].items()})
         hidden, call = recorders[0].hidden, recorders[0].call
         assert hidden is not None
         assert call is not None
-        with self._weights(f"{self._path}.0", self._blocks[0]):
+        with self._weights(f"{self._path}.0", self._blocks[0]), fast_products():
             return isinstance(self._blocks[0](hidden, *call.args, **call.kwargs), tuple)
 
     @torch.inference_mode()
@@ -303,6 +304,11 @@ class BlockStream:
             _move_buffers(module, CPU)
             if sum(value.numel() for *_, value in blank) * self.dtype.itemsize > FEW_BYTES:
                 _return_memory()
+
+
+def _begin(values: Tensor) -> Tensor:
+    """A few tokens of the first sequence, or the first image."""
+    return values[:1] if values.is_floating_point() else values[:1, -FEW_TOKENS:]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

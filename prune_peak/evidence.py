@@ -19,6 +19,7 @@ from torch import Tensor
 from .ranks import Ranks
 
 TRIANGLE_BLOCK = 256  # columns
+ROWS_AT_ONCE = 256  # so that they stay in the processor's cache
 HELD_OUT = 6  # the last of so many parts of every batch chooses the ridge
 
 # ridge, as a share of the mean variance -> the change of the kept columns, (hidden, kept) float64
@@ -87,20 +88,27 @@ class Rows:
 
     @cached_property
     def mean(self) -> Tensor:
-        if not self.is_centred:
-            return torch.zeros(self.values.shape[1], dtype=torch.float64)
-        return self.values.mean(0, dtype=torch.float64)
+        total = torch.zeros(self.values.shape[1], dtype=torch.float64)
+        if self.is_centred:
+            for part in self.values.split(ROWS_AT_ONCE):
+                total += part.float().sum(0)
+        return total / len(self.values)
 
     @property
     def variance(self) -> Tensor:
-        return self._deviations(slice(None)).square().mean(0)
+        total = torch.zeros(self.values.shape[1], dtype=torch.float64)
+        for part in self.values.split(ROWS_AT_ONCE):
+            total += (part.float() - self.mean.float()).square_().sum(0)
+        return (total / len(self.values)).float()
 
     def error(self, change: Tensor, constant: Tensor) -> float:
         return float((self.values.float() @ change.T + constant.float()).square().sum(1).mean())
 
     def regress(self, keep: Tensor, cut: Tensor, lost: Tensor) -> Solve:
         kept = self._deviations(keep)
-        kernel, target = (kept @ kept.T).double(), (self._deviations(cut) @ lost.T).double()
+        products = torch.zeros(len(kept), len(kept))
+        _add_products(products, kept.T)
+        kernel, target = _mirror(products).double(), (self._deviations(cut) @ lost.T).double()
         scale = _scale(self) * len(kept)
 
         def solve(ridge: float) -> Tensor:
@@ -114,8 +122,8 @@ class Rows:
     def about_zero(self) -> "Rows":
         return Rows(self.values, is_centred=False)
 
-    def _deviations(self, neurons: Tensor | slice) -> Tensor:
-        return self.values[:, neurons].float() - self.mean[neurons].float()
+    def _deviations(self, neurons: Tensor) -> Tensor:
+        return self.values[:, neurons].to(torch.float32, copy=True).sub_(self.mean[neurons].float())
 
 
 def _scale(knowledge: Knowledge) -> float:
@@ -163,9 +171,7 @@ class Gram:
         self.count += len(values)
         self.sum += centred.sum(0, dtype=torch.float64)
         with _exact_products(values.dtype):
-            for start in range(0, len(self.pivot), TRIANGLE_BLOCK):
-                columns = centred[:, start : start + TRIANGLE_BLOCK]
-                self.products[start:, start : start + TRIANGLE_BLOCK].addmm_(centred[:, start:].T, columns)
+            _add_products(self.products, centred)
 
     def merged(self, other: "Gram") -> "Gram":
         """Both together; they must share the pivot."""
@@ -201,10 +207,9 @@ class Gram:
 
     def moments(self) -> Moments:
         shift = self.sum / self.count
-        products = self.products.tril()
-        products += products.tril(-1).T
         narrow = shift.float()
-        return Moments(self.pivot.double() + shift, products.div_(self.count).addr_(narrow, narrow, alpha=-1))
+        covariance = _mirror(self.products).div_(self.count).addr_(narrow, narrow, alpha=-1)
+        return Moments(self.pivot.double() + shift, covariance)
 
 
 class Grams:
@@ -276,6 +281,19 @@ class Tape:
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _add_products(products: Tensor, values: Tensor) -> None:
+    """Add values.T @ values, (n, n), to the lower triangle; most of what lies above it is left out."""
+    for start in range(0, len(products), TRIANGLE_BLOCK):
+        columns = slice(start, start + TRIANGLE_BLOCK)
+        products[start:, columns].addmm_(values[:, start:].T, values[:, columns])
+
+
+def _mirror(triangle: Tensor) -> Tensor:
+    """The symmetric matrix of which this is the lower triangle."""
+    whole = triangle.tril()
+    return whole.add_(whole.tril(-1).T)
 
 
 def _parted(values: Tensor) -> Sequence[Tensor]:
