@@ -34,6 +34,11 @@ def has_bfloat16() -> bool:
     return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported()
 
 
+def factor_type(dtype: torch.dtype) -> torch.dtype:
+    """The type to hold weights in that are factors of products and nothing else, where one computes in `dtype`."""
+    return torch.float32 if dtype is torch.bfloat16 and not has_bfloat16() else dtype
+
+
 def fast_products() -> AbstractContextManager[Any]:
     """Within it, products of bfloat16 take the fastest way that gives what bfloat16 kernels give."""
     return nullcontext() if has_bfloat16() else Rounding()

@@ -11,22 +11,24 @@ import ctypes
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers.pytorch_utils import Conv1D
 
-from .arithmetic import fast_products
+from .arithmetic import factor_type, fast_products
 from .checkpoint import tensor_bytes
 from .errors import PrunePeakError
 from .sites import blocks_path, find_blocks
 from .source import Source
 
 CPU = torch.device("cpu")
+FACTORS = (nn.Linear, Conv1D)  # modules (not their subclasses) whose weight is a factor of a product and nothing else
 FEW_BYTES = 2**25  # of a block's weights; so few are not worth giving back, for new pages cost more than they save
 FEW_TOKENS = 4
 
@@ -130,16 +132,27 @@ class States:
 
 
 class Step:
-    """One block with its weights in place, and the hidden states before it."""
+    """One block with its weights in place, and the hidden states before it.
+
+    Args:
+        release: called once the block has run, to give its weights back.
+    """
 
     def __init__(
-        self, index: int, block: nn.Module, states: States, calls: Sequence[Call], device: torch.device
+        self,
+        index: int,
+        block: nn.Module,
+        states: States,
+        calls: Sequence[Call],
+        device: torch.device,
+        release: Callable[[], None],
     ) -> None:
         self.index = index
         self.block = block
         self._states = states
         self._calls = calls
         self._device = device
+        self._release = release
         self.ran = False
 
     @property
@@ -149,12 +162,13 @@ class Step:
 
     @torch.inference_mode()
     def run(self) -> Iterator[int]:
-        """Give each batch's number, then run the block over it; the hidden states move on in place."""
+        """Give each batch's number, then run the block over it; the hidden states move on, the weights leave."""
         assert not self.ran
         self.ran = True
         for number in range(len(self._calls)):
             yield number
             self._states[number] = self.answer(number).cpu()
+        self._release()
 
     @torch.inference_mode()
     def answer(self, number: int) -> Tensor:
@@ -235,11 +249,12 @@ class BlockStream:
                     assert recorder.call is not None
                     list_.append(twins.share(recorder.call))
         for index, block in enumerate(self._blocks):
-            with self._weights(f"{self._path}.{index}", block, self._device):
+            with ExitStack() as weights:
+                weights.enter_context(self._weights(f"{self._path}.{index}", block, self._device))
                 if index + 1 < self.blocks:
                     following = _parameters(self._blocks[index + 1], f"{self._path}.{index + 1}")
                     self.source.read_ahead([name for name, *_ in following])
-                step = Step(index, block, self._states, calls[index], self._device)
+                step = Step(index, block, self._states, calls[index], self._device, weights.close)
                 yield step
                 if not step.ran:
                     for _ in step.run():
@@ -248,7 +263,7 @@ class BlockStream:
     def _ask_for_tuple(self) -> bool:
         """Whether blocks answer with a tuple, as the first one does when it runs on a few tokens, or one image."""
         body = self.model.base_model
-        with self._recording() as recorders, self._outer_weights(body), suppress(Seen):
+        with self._recording() as recorders, self._outer_weights(body), fast_products(), suppress(Seen):
             body(**{name: _begin(values) for name, values in self._batches[0].items()})
         hidden, call = recorders[0].hidden, recorders[0].call
         assert hidden is not None
@@ -291,8 +306,11 @@ class BlockStream:
         blank = _parameters(module, prefix)
         for name, owner, leaf, _ in blank:
             tensor = self.source.read(name)
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.dtype)
+            is_factor = type(owner) in FACTORS and leaf == "weight" and device == CPU
             # a copy, for its alignment: kernels round differently on memory that is mapped at an odd offset
-            tensor = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            tensor = tensor.to(factor_type(tensor.dtype) if is_factor else tensor.dtype, copy=True)
             owner._parameters[leaf] = nn.Parameter(_to_device(tensor, device), requires_grad=False)
         self.source.checkpoint.release()
         _move_buffers(module, device)

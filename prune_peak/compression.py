@@ -391,7 +391,8 @@ def _cut(
         for block, seen in groupby(measured.observe(rest, rules.needs_evidence), lambda seen: seen.site.block):
             made = {observed.site.name: choose(source, observed, kept[observed.site.kind], rules) for observed in seen}
             progress.note(block, made, export.write_block(block, {name: d.choice for name, d in made.items()}))
-            decisions |= made
+            decisions |= {name: replace(d, choice=d.choice.without_reader()) for name, d in made.items()}
+            del made  # before the next block is decided
         return decisions, export.finish()
 
 

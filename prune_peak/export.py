@@ -52,8 +52,9 @@ class Export:
 
     def write_block(self, block: int, plan: Mapping[str, Choice]) -> dict[str, str]:
         """Write a block as the choices for its sites change it; returns the digests of its tensors."""
-        self._plan |= plan
-        return self._write(block)
+        digests = self._write(block, plan)
+        self._plan |= {name: choice.without_reader() for name, choice in plan.items()}
+        return digests
 
     def holds_block(self, plan: Mapping[str, Choice], digests: Mapping[str, str]) -> bool:
         """Whether an earlier run wrote a block into the folder, with these digests; then it is as good as written."""
@@ -64,7 +65,7 @@ class Export:
 
     def finish(self) -> dict[str, str]:
         """Write the rest, the config, the plan and the side files; returns the digests of all tensors."""
-        self._write(None)
+        self._write(None, {})
         for name, (shape, dtype) in self.layout.items():
             if name not in self._writer.digests:
                 self._writer.write(name, torch.zeros(shape, dtype=dtype))
@@ -74,8 +75,8 @@ class Export:
         copy_side_files(self.source.folder, self.folder)
         return digests
 
-    def _write(self, block: int | None) -> dict[str, str]:
-        tensors = tell_block(self.target, self._plan, block)
+    def _write(self, block: int | None, plan: Mapping[str, Choice]) -> dict[str, str]:
+        tensors = tell_block(self.target, plan, block)
         for name, tensor in tensors.items():
             self._writer.write(name, tensor.to(self.layout[name][1]))
         self.source.checkpoint.release()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .arithmetic import has_bfloat16
+from .arithmetic import factor_type
 from .blocks import CPU
 from .errors import PrunePeakError, UsageError
 from .sites import Site, find_blocks
@@ -130,9 +130,11 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
     stored = source.dtype.itemsize
     block = sum(parameter.numel() for parameter in find_blocks(source.blank, source.family)[0].parameters())
     ends = [tensor.numel() for name, tensor in source.blank.state_dict().items() if _is_outside(source, name)]
-    wide = 0 if has_bfloat16() or load.dtype is not torch.bfloat16 else 4  # float32 copies of factors
+    factor = factor_type(load.dtype).itemsize
+    wide = factor if factor > width else 0  # copies of factors
+    weights = block * factor
     states = 0 if spills else load.tokens * hidden * width
-    batch = batch_tokens * ((4 * neurons + 8 * hidden) * width + (neurons + hidden) * wide) + neurons * hidden * wide
+    batch = batch_tokens * ((4 * neurons + 8 * hidden) * width + (neurons + hidden) * wide)
     measured = neurons * 256 * 8
     gathered = solving = 0
     if load.refit and load.tokens < neurons:
@@ -143,10 +145,10 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
         solving = 32 * neurons**2
     vocabulary = int(getattr(config, "vocab_size", 0))
     widest = max(ends, default=0)
-    held = block * width + states + measured + gathered
+    held = states + measured + gathered
     phases: tuple[int, ...] = (
-        block * (width + stored),  # while it is read
-        held + batch,
+        weights + block * stored,  # while they are read
+        weights + held + batch,
         held + solving,
         held + 2 * block * stored + 8 * neurons * hidden,  # while it is written
         sum(ends) * width + widest * (stored + wide) + 12 * load.length * vocabulary,  # the head, at an exam

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 32, 8, 512
 FILLS = ("peak", "mean", "median", "zero")
 AUTO = "auto"  # per site, the one that is best on held-out tokens
 DEVIATION = "deviation"  # the score that ranks without the refit
+NORM_ROWS = 64  # so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Choice:
     weight: Tensor | None = None  # (hidden, kept), the refitted reader, where it was refitted
     bias: Tensor | None = None  # (hidden,)
     narrowing: Narrowing | None = None  # of queries and keys, where the heads themselves get narrower
+
+    def without_reader(self) -> "Choice":
+        """The plan alone, once the refitted reader is written: what may be held of every site at once."""
+        return replace(self, weight=None, bias=None)
 
 
 def pack_plan(plan: Mapping[str, Choice]) -> dict[str, Tensor]:
@@ -146,7 +151,6 @@ SCORES: dict[str, Callable[[Summary, Tensor, Tensor], Tensor]] = {
     "variance": score_variance,
     "weight-norm": score_weight_norm,
 }
-NORM_ROWS = 64
 RANDOM = "random"  # the one score that needs a generator, not a function
 
 

@@ -126,13 +126,21 @@ class Source(Blueprint):
 
     def shell(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with parameters on `meta` and real buffers, in evaluation mode, without a cache."""
+        shell = self._build(dtype)
+        if dtype is not torch.float32:  # tables are made in float32, and then rounded, as `from_pretrained` does
+            exact = dict(self._build(torch.float32).named_buffers())
+            for name, buffer in shell.named_buffers():
+                buffer.copy_(exact[name])
+        return shell
+
+    def _build(self, dtype: torch.dtype) -> PreTrainedModel:
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with no_init_weights(), _parameters_on_meta():
-                shell: PreTrainedModel = self.model_class(copy.deepcopy(self.config)).eval()
-            shell.config.use_cache = False
-            return shell
+                model: PreTrainedModel = self.model_class(copy.deepcopy(self.config)).eval()
+            model.config.use_cache = False
+            return model
         finally:
             torch.set_default_dtype(default)
 

@@ -133,6 +133,7 @@ class RefittedPlan(Mapping[str, Choice]):
             bias = self._written.read(read.constants).float()
             if site.constants != site.bias and site.constants in self._original.names:
                 bias = bias - self._original.read(site.constants).float()
+        self._written.checkpoint.release()
         return replace(choice, weight=weight, bias=bias)
 
     def __iter__(self) -> Iterator[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import TINY, VOCABULARY, Tiny, random_inputs
 
+from prune_peak.arithmetic import fast_products
 from prune_peak.blocks import BlockStream
 from prune_peak.calibration import calibrate, into_batches
 from prune_peak.errors import PrunePeakError
@@ -31,6 +32,22 @@ def test_stream_equals_the_whole_forward(tiny: Tiny, tmp_path: Path) -> None:
         for batch, output in zip(batches, stream.outputs(), strict=True):
             assert torch.equal(output[0], model(**batch)[0])
     assert all(parameter.is_meta for parameter in stream.model.parameters()), "weights stayed in memory"
+
+
+@pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
+def test_stream_equals_the_whole_forward_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:
+    """Also where weights are held in float32, for a processor that has no products of bfloat16."""
+    source = open_source(str(tiny.save(tmp_path)))
+    model = source.model_class.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    batch = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in random_inputs(model, 2, 24).items()
+    }
+    stream = BlockStream(source, [batch], torch.bfloat16)
+    for _ in stream.steps():
+        pass
+    with torch.inference_mode(), fast_products():
+        assert torch.equal(next(stream.outputs())[0], model(**batch)[0])
 
 
 def test_a_convolution_between_blocks_is_refused(tmp_path: Path) -> None:

@@ -166,7 +166,6 @@ def test_without_matplotlib_the_table_is_written(
 ) -> None:
     for name in ("matplotlib.figure", "matplotlib.ticker"):
         monkeypatch.setitem(sys.modules, name, None)
-    caplog.set_level("WARNING", logger="prune_peak")  # an earlier -q may have silenced it
     prune_peak.compress(
         str(EXAMPLES / "opt-mini"), 0.3, tmp_path / "cut", samples=2, sequence_length=16, calibration=str(text)
     )

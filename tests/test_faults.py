@@ -133,7 +133,7 @@ STEPS = [
     "compression:find_sites",
     "progress:Progress._recall",
     "compression:measure",
-    "compression:calibrate",
+    "compression:calibrate_together",
     "compression:choose",
     "export:Export.write_block",
     "progress:Progress.note",

@@ -127,7 +127,6 @@ def test_a_window_becomes_the_context_length(tmp_path: Path, text: Path, caplog:
     source = with_tokenizer(BY_NAME["mistral-window"], tmp_path / "source", sliding_window=100)
     folder = tmp_path / "model"
     prune_peak.compress(str(source), 0.3, folder, samples=4, sequence_length=64, calibration=str(text))
-    caplog.set_level("WARNING", logger="prune_peak")
     export_gguf(folder, tmp_path / "model.gguf")
     assert "the file's context length is 100, not 160." in caplog.text
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields

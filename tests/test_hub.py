@@ -55,60 +55,22 @@ def machine(hub: LoopbackHub, tmp_path: Path) -> Machine:
     return Machine(hub, tmp_path)
 
 
-SMALL = ("--ratio", "0.3", "--samples", "4", "--sequence-length", "32", "-q")
+SMALL = ("--ratio", "0.3", "--samples", "4", "--sequence-length", "32")
 
 
 def test_compress_by_id_then_offline_from_the_cache(machine: Machine, hub: LoopbackHub) -> None:
-    first = machine.run("compress", "--model", "mini/opt", "--revision", "v1", *SMALL, "--json")
+    first = machine.run("compress", "--model", "mini/opt", "--revision", "v1", *SMALL, "-q", "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["output"] == "opt-peak-0.3"
     recipe = json.loads((machine.folder / "opt-peak-0.3" / "prune_peak.json").read_text())
     assert recipe["source"] == {"model": "mini/opt", "revision": COMMIT, "digest": COMMIT}
     hub.requests.clear()
-    words = ("--revision", COMMIT, *SMALL, "--output", "again")
+    words = ("--revision", COMMIT, *SMALL, "-q", "--output", "again")
     again = machine.run("compress", "--model", "mini/opt", *words, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert not hub.requests
     for name in ("model.safetensors", "prune_peak_plan.safetensors", "prune_peak.json", "config.json"):
         assert (machine.folder / "again" / name).read_bytes() == (machine.folder / "opt-peak-0.3" / name).read_bytes()
-
-
-def test_a_repository_with_only_a_bin(machine: Machine, hub: LoopbackHub) -> None:
-    hub.requests.clear()
-    done = machine.run("compress", "--model", "mini/legacy", *SMALL)
-    assert done.returncode == 0, done.stderr
-    written = {path.name for path in (machine.folder / "legacy-peak-0.3").iterdir()}
-    assert "model.safetensors" in written
-    assert not written & {"pytorch_model.bin", "evil.py"}
-    assert "the source's card" not in (machine.folder / "legacy-peak-0.3" / "README.md").read_text()
-    assert not any("evil.py" in request for request in hub.requests)
-
-
-def test_inspect_fetches_the_config_alone(machine: Machine, hub: LoopbackHub) -> None:
-    hub.requests.clear()
-    done = machine.run("inspect", "mini/opt")
-    assert done.returncode == 0, done.stderr
-    fetched = {request.split("/")[-1] for request in hub.requests if "/resolve/" in request}
-    assert fetched == {"config.json"}
-
-
-def test_a_private_repository_needs_the_token(machine: Machine) -> None:
-    without = machine.run("inspect", "mini/secret")
-    assert without.returncode == 1
-    assert without.stderr.startswith("Error: mini/secret is not a folder, and the Hub does not give it")
-    assert len(without.stderr.strip().splitlines()) == 1
-    assert machine.run("inspect", "mini/secret", HF_TOKEN=TOKEN).returncode == 0
-
-
-UNKNOWN = [(["mini/none"], "0"), (["mini/opt", "--revision", "v9"], "0"), (["mini/opt"], "1")]
-
-
-@pytest.mark.parametrize(("words", "offline"), UNKNOWN, ids=["no such id", "no such revision", "offline, not cached"])
-def test_what_the_hub_does_not_have_is_one_line(machine: Machine, words: list[str], offline: str) -> None:
-    done = machine.run("inspect", *words, HF_HUB_OFFLINE=offline)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: {words[0]} is not a folder, and the Hub does not give it")
-    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +110,49 @@ def calm(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 def run(*words: object) -> Result:
     return CliRunner().invoke(main, [*map(str, words), "-q"])
+
+
+def test_a_repository_with_only_a_bin(calm: LoopbackHub, tmp_path: Path) -> None:
+    done = run("compress", "--model", "mini/legacy", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    written = {path.name for path in (tmp_path / "legacy-peak-0.3").iterdir()}
+    assert "model.safetensors" in written
+    assert not written & {"pytorch_model.bin", "evil.py"}
+    assert "the source's card" not in (tmp_path / "legacy-peak-0.3" / "README.md").read_text()
+    assert not any("evil.py" in request for request in calm.requests)
+
+
+def test_inspect_fetches_the_config_alone(calm: LoopbackHub) -> None:
+    done = run("inspect", "mini/opt")
+    assert done.exit_code == 0, done.stderr
+    fetched = {request.split("/")[-1] for request in calm.requests if "/resolve/" in request}
+    assert fetched == {"config.json"}
+
+
+@pytest.mark.usefixtures("calm")
+def test_a_private_repository_needs_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    without = run("inspect", "mini/secret")
+    assert without.exit_code == 1
+    assert without.stderr.startswith("Error: mini/secret is not a folder, and the Hub does not give it")
+    assert len(without.stderr.strip().splitlines()) == 1
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert run("inspect", "mini/secret").exit_code == 0
+
+
+UNKNOWN = [(["mini/none"], False), (["mini/opt", "--revision", "v9"], False), (["mini/opt"], True)]
+
+
+@pytest.mark.usefixtures("calm")
+@pytest.mark.parametrize(("words", "offline"), UNKNOWN, ids=["no such id", "no such revision", "offline, not cached"])
+def test_what_the_hub_does_not_have_is_one_line(
+    words: list[str], offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    done = run("inspect", *words)
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"Error: {words[0]} is not a folder, and the Hub does not give it")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 CLIENT = "ignore:Use 'content=:DeprecationWarning"  # huggingface_hub's own way to send a file
@@ -198,7 +203,7 @@ def test_compress_and_push_in_one_go(calm: LoopbackHub) -> None:
         "compress",
         "--model",
         "mini/opt",
-        *SMALL[:-1],
+        *SMALL,
         "--push-to-hub",
         "opt-small",
         "--json",

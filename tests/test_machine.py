@@ -1,7 +1,9 @@
 """How a run keeps to its memory: what is planned, what is refused, and that the numbers stay the same."""
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import EXAMPLES
 from test_compress import digests, run
 from tiny import TINY, VOCABULARY, random_inputs
 
-from prune_peak import machine
+from prune_peak import machine, planning
 from prune_peak.blocks import BlockStream
 from prune_peak.calibration import into_batches
 from prune_peak.errors import PrunePeakError
@@ -72,6 +74,26 @@ def test_blocks_run_on_another_device(tiny: object, tmp_path: Path) -> None:
     step = next(stream.steps())
     assert all(value.is_meta for value in [*step.block.parameters(), *step.block.buffers()])
     assert step.answer(0).is_meta
+
+
+def test_the_refitted_reader_of_one_block_is_held(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks there are: those that are written leave the memory."""
+    readers: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+    refit_best = planning.refit_best
+
+    def refitting(*args: Any) -> Any:
+        alive.append(sum(reader() is not None for reader in readers))
+        choice, fitted = refit_best(*args)
+        readers.append(weakref.ref(choice.weight))
+        return choice, fitted
+
+    monkeypatch.setattr(planning, "refit_best", refitting)
+    words = ("--ratio", 0.3, "--calibration", text, "--samples", 4, "--sequence-length", 32, "-q")
+    assert run("compress", "--model", MINI, "--output", tmp_path / "cut", *words).exit_code == 0
+    assert len(alive) > 2
+    assert not any(alive)
+    assert not any(reader() is not None for reader in readers)
 
 
 def test_without_a_device_the_processor_does_it(mini: Source, caplog: pytest.LogCaptureFixture) -> None:

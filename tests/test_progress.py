@@ -102,6 +102,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path, text: Path) -> None:
     assert compress(MODEL, tmp_path / "cut", text, "--samples", 4).exit_code == 0
 
 
+@pytest.mark.faults
 def test_killed_at_random_moments(text: Path) -> None:
     """SIGKILL, as `bench/resume.py` does it at more moments."""
     command = [sys.executable, BENCH / "resume.py", "--model", EXAMPLES / "opt-mini", "--calibration", text]

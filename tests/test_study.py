@@ -323,7 +323,6 @@ def test_the_command_prints_the_table_and_draws(study_text: str, tmp_path: Path)
 def test_without_matplotlib_the_tables_are_written(
     study_text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("WARNING", logger="prune_peak")
     ablate(LLAMA, tmp_path / "study", calibration=study_text, fills=["peak"], **SMALL)
     assert (tmp_path / "study" / "measurements.csv").is_file()
     assert not (tmp_path / "study" / "degradation.png").exists()
