@@ -36,6 +36,15 @@ class Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
+            return self._invoke(context)
+        except (Exception, KeyboardInterrupt) as error:
+            if not _is_of_interrupt(error):
+                raise
+            click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
+            sys.exit(130)
+
+    def _invoke(self, context: click.Context) -> Any:
+        try:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 return self._invoke_together(context)
             return super().invoke(context)
@@ -54,9 +63,6 @@ class Group(click.Group):
                 "not enough memory. `compress --dry-run` tells how much is needed, and --max-memory makes do with "
                 "less; whatever was finished is kept: the same command goes on from there."
             ) from None
-        except KeyboardInterrupt:
-            click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
-            sys.exit(130)
         except LostProcessError as error:
             raise click.ClickException(str(error)) from None
 
@@ -79,6 +85,13 @@ class Group(click.Group):
                 ranks.refuse(error)
             except (LostProcessError, KeyboardInterrupt):
                 pass  # the first process has told why it left
+
+
+def _is_of_interrupt(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what a library made of it on the way: transformers' clean-up fails in some moments."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 class OneLine(logging.Formatter):

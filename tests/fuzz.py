@@ -301,8 +301,7 @@ def fuzz(name: str, folder: Path, minutes: float, found: Path) -> NoReturn:
     )
     @given(st.data())
     def example(data: st.DataObject) -> None:
-        if time.monotonic() > end:
-            return
+        end_in_time()
         path = data.draw(st.sampled_from(files))
         whole = path.read_bytes()
         path.write_bytes(data.draw(damaged(path)))

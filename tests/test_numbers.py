@@ -97,3 +97,10 @@ def test_dead_blocks_are_cut_like_others(dead: str, sites: str, tmp_path: Path, 
     answer = json.loads(result.stdout)
     assert answer["verification"]["checks"]
     assert answer["quality_after"]["value"] < 5 * answer["quality_before"]["value"]
+
+
+def test_a_model_that_answers_zeros_alone(tmp_path: Path, text: Path) -> None:
+    source = save_changed(tmp_path / "source", {"embed_tokens": 0.0})
+    result = compress(source, tmp_path / "cut", text, "--samples", 4, "--json")
+    assert result.exit_code == 0, result.output
+    assert all(check["passed"] for check in json.loads(result.stdout)["verification"]["checks"])

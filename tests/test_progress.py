@@ -9,9 +9,10 @@ import pytest
 from conftest import EXAMPLES
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from test_compress import compress, digests
+from test_compress import compress, digests, run
 
 from prune_peak import planning
+from prune_peak.errors import PrunePeakError
 from prune_peak.progress import Progress
 
 MODEL = EXAMPLES / "llama-mini"
@@ -111,3 +112,19 @@ def test_killed_at_random_moments(text: Path) -> None:
     summary = json.loads(done.stdout)
     assert summary["same bytes"] == 2
     assert summary["source untouched"]
+
+
+@pytest.mark.parametrize("made_of_it", [KeyboardInterrupt, UnboundLocalError, PrunePeakError])
+def test_an_interrupt_is_one_whatever_a_library_makes_of_it(
+    made_of_it: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise made_of_it
+
+    monkeypatch.setattr("prune_peak.inspection.inspect", interrupted)
+    result = run("inspect", EXAMPLES / "opt-mini")
+    assert result.exit_code == 130
+    assert result.stderr.startswith("Interrupted. ")
