@@ -33,7 +33,7 @@ oldest:  ## the demo and the tests in a new environment, at the lower bounds of 
 	$(PYTHON) -m venv build/oldest/venv
 	build/oldest/venv/bin/pip install --quiet build
 	build/oldest/venv/bin/python -m build --outdir build/oldest .
-	build/oldest/venv/bin/pip install --quiet --constraint constraints-oldest.txt "$$(ls build/oldest/*.whl)[test,plots]"
+	build/oldest/venv/bin/pip install --quiet --constraint constraints-oldest.txt "$$(ls build/oldest/*.whl)[test,plots,gguf]"
 	cp -r README.md CONTRIBUTING.md setup.cfg pyproject.toml docs examples bench tests build/oldest
 	cd build/oldest && venv/bin/prune-peak compress --model examples/llama-mini --ratio 0.3 --output demo
 	cd build/oldest && venv/bin/python examples/generate.py demo
@@ -45,11 +45,12 @@ READERS := 4.57.1+0.22.2+0.36.0 5.0.0+0.22.2+1.5.0 5.12.0+0.22.2+1.5.0 5.20.0+0.
 
 readers: .venv/ready  ## what older releases of transformers make of what is written
 	$(BIN)/python bench/readers.py write build/readers
+	$(BIN)/pip install --quiet --target build/httpx httpx
 	set -e; for versions in $(READERS); do \
 		set -- $$(echo $$versions | tr + ' '); \
 		$(BIN)/pip install --quiet --no-deps --target build/transformers-$$1 \
 			transformers==$$1 tokenizers==$$2 huggingface-hub==$$3; \
-		PYTHONPATH=build/transformers-$$1 $(BIN)/python bench/readers.py read build/readers > build/readers/log; \
+		PYTHONPATH=build/transformers-$$1:build/httpx $(BIN)/python bench/readers.py read build/readers > build/readers/log; \
 	done
 	$(BIN)/python bench/readers.py read build/readers > build/readers/log
 	$(BIN)/python bench/readers.py table build/readers

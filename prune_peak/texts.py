@@ -103,7 +103,8 @@ def _read_data_set(name: str) -> list[str]:
         import datasets
     except ImportError:
         raise PrunePeakError(
-            f"{name} is not a file; to read it as a Hub data set: pip install 'prune-peak[datasets]'."
+            f"{name} is neither a file nor, without the package datasets, a data set: pip install "
+            "'prune-peak[datasets]'."
         ) from None
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)

@@ -824,7 +824,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
     ),
     "text of a long name": (
         ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "x" * 5000, *SHORT),
-        "neither a file nor a data set",
+        "is neither a file nor",
         1,
     ),
     "output of a long name": ((*BARE, "--ratio", "0.3", "--output", "x" * 5000), "File name too long", 1),

@@ -10,6 +10,7 @@ import pytest
 from conftest import EXAMPLES
 
 import prune_peak
+from prune_peak import families
 from prune_peak.cli import main
 from prune_peak.families import FAMILIES
 
@@ -58,7 +59,7 @@ def test_scripts_are_ones_that_there_are() -> None:
 def test_a_family_is_found(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """By the two lines that CONTRIBUTING gives: one place in the table, and the row in full."""
     [pattern] = re.findall(r"`grep -n '(.*?)' prune_peak/\*\.py`", CONTRIBUTING)
-    table = (EXAMPLES.parent / "prune_peak" / "families.py").read_text().splitlines()
+    table = Path(families.__file__).read_text().splitlines()
     rows = [line.strip() for line in table if pattern.replace("gemma", name) in line]
     assert sum(row.startswith((f'Family("{name}",', f'"{name}",')) for row in rows) == 1, rows
     [code] = re.findall(r'python -c "(.*)"', CONTRIBUTING)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 HIDDEN, WIDTH, BLOCKS, VOCABULARY, POSITIONS = 32, 64, 3, 97, 160
@@ -266,4 +267,6 @@ MORE_HEADS = [
     Tiny("vit-body", "ViT", "Model"),
     Tiny("vit-msn-body", "ViTMSN", "Model"),
 ]
+if Version(transformers.__version__) < Version("5.23"):  # where the tower lies a level deeper
+    TINY = [tiny for tiny in TINY if tiny.name != "clip-tower"]
 BY_NAME = {tiny.name: tiny for tiny in TINY}
