@@ -20,7 +20,7 @@ from .hosts import Layout, Target
 from .narrowing import narrow_rows
 from .selection import Choice, pack_plan
 from .sites import tensors_by_block
-from .source import SIDE_FILES, Source
+from .source import SIDE_FILES, Source, names_on_disk
 
 RECIPE_FILE = "prune_peak.json"
 PLAN_FILE = "prune_peak_plan.safetensors"
@@ -39,7 +39,8 @@ class Export:
     def __init__(self, target: Target, layout: Layout, folder: Path) -> None:
         assert isinstance(target.source, Source)
         self.source, self.target, self.layout, self.folder = target.source, target, layout, folder
-        self._writer = Writer(folder, layout)
+        self._names = names_on_disk(target.blank)
+        self._writer = Writer(folder, {self._names[name]: of for name, of in layout.items()})
         self._plan: dict[str, Choice] = {}
 
     def __enter__(self) -> "Export":
@@ -67,8 +68,8 @@ class Export:
         """Write the rest, the config, the plan and the side files; returns the digests of all tensors."""
         self._write(None, {})
         for name, (shape, dtype) in self.layout.items():
-            if name not in self._writer.digests:
-                self._writer.write(name, torch.zeros(shape, dtype=dtype))
+            if self._names[name] not in self._writer.digests:
+                self._writer.write(self._names[name], torch.zeros(shape, dtype=dtype))
         digests = self._writer.finish()
         save_tensors(pack_plan(self._plan), self.folder / PLAN_FILE)
         write_config(self.target.config, self.folder / "config.json")
@@ -78,9 +79,9 @@ class Export:
     def _write(self, block: int | None, plan: Mapping[str, Choice]) -> dict[str, str]:
         tensors = tell_block(self.target, plan, block)
         for name, tensor in tensors.items():
-            self._writer.write(name, tensor.to(self.layout[name][1]))
+            self._writer.write(self._names[name], tensor.to(self.layout[name][1]))
         self.source.checkpoint.release()
-        return {name: self._writer.digests[name] for name in tensors}
+        return {self._names[name]: self._writer.digests[self._names[name]] for name in tensors}
 
 
 def tell_block(target: Target, plan: Mapping[str, Choice], block: int | None) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from .checkpoint import Checkpoint, digest_tensor
@@ -400,6 +400,13 @@ def _match_names(checkpoint: Checkpoint, blank: PreTrainedModel, leftovers: Sequ
             f"would be lost: {_few(unknown)}."
         )
     return names
+
+
+def names_on_disk(blank: PreTrainedModel) -> dict[str, str]:
+    """Class name -> the name that stock `save_pretrained` writes: the older one, which older releases know too."""
+    state = blank.state_dict()
+    theirs = {id(tensor): disk for disk, tensor in revert_weight_conversion(blank, dict(state)).items()}
+    return {name: theirs[id(tensor)] for name, tensor in state.items()}
 
 
 def _check_shapes(

@@ -371,7 +371,7 @@ def main(names: tuple[str, ...], minutes: float, found: Path) -> None:
     for name in names or PARSERS:  # each in a process of its own: what one takes of the memory is given back
         child = os.fork()
         if child == 0:
-            fuzz(name, Path(shutil.copytree(folder, folder / name)), minutes, found)
+            fuzz(name, Path(shutil.copytree(folder, folder / f"for-{name}")), minutes, found)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     shutil.rmtree(folder)
     sys.exit(max(map(abs, codes)))
