@@ -8,7 +8,6 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import EXAMPLES
-from safetensors.torch import load_file
 from test_law import KEPT, cut_tiny
 from tiny import TINY, Tiny
 
@@ -38,11 +37,11 @@ def test_inspect_foretells_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
     assert (mlp.kind, mlp.neurons, mlp.kept) == ("mlp", width, kept)
     assert [inspection.written_as] == written["architectures"]
     assert inspection.parameters == source.parameters
-    assert inspection.parameters_after == open_source(str(tmp_path / "cut")).parameters
+    cut = open_source(str(tmp_path / "cut"))
+    assert inspection.parameters_after == cut.parameters
     # what is written holds the constants of the MLP where `inspect` says, and its own class is written where it does
-    tensors = load_file(tmp_path / "cut" / "model.safetensors")
     mlp_bias = mlp.constants.removeprefix("to the bias of ").split(",")[0] + ".bias"
-    biases = [tensor for name, tensor in tensors.items() if name.endswith(f".{mlp_bias}")]
+    biases = [cut.read(name) for name in cut.names if name.endswith(f".{mlp_bias}")]
     assert bool(biases) != mlp.constants.startswith("nowhere")
     assert all(bool(bias.any()) for bias in biases)
     assert bool(inspection.why) == (inspection.written_as != inspection.model_class or not biases)

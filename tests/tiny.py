@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 HIDDEN, WIDTH, BLOCKS, VOCABULARY, POSITIONS = 32, 64, 3, 97, 160
 IMAGE, PATCH = 24, 4
+# Before, the tower with projection lies a level deeper, and is refused
+TOWER = "ModelWithProjection" if Version(transformers.__version__) >= Version("5.23") else "Model"
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ TINY = [
     Tiny("opt-350m", "OPT", settings={"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     Tiny("beit", "Beit", "ForImageClassification"),
     Tiny("beit-relative", "Beit", "Model", {"use_relative_position_bias": True, "layer_scale_init_value": 0.0}),
-    Tiny("clip-tower", "CLIPVision", "ModelWithProjection"),
+    Tiny("clip-tower", "CLIPVision", TOWER),
     Tiny("deit", "DeiT", "ForImageClassification"),
     Tiny("dinov2", "Dinov2", "ForImageClassification"),
     Tiny("ijepa", "IJepa", "ForImageClassification"),
@@ -267,6 +269,4 @@ MORE_HEADS = [
     Tiny("vit-body", "ViT", "Model"),
     Tiny("vit-msn-body", "ViTMSN", "Model"),
 ]
-if Version(transformers.__version__) < Version("5.23"):  # where the tower lies a level deeper
-    TINY = [tiny for tiny in TINY if tiny.name != "clip-tower"]
 BY_NAME = {tiny.name: tiny for tiny in TINY}
