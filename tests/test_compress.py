@@ -313,33 +313,9 @@ def test_every_command_has_help_and_an_example() -> None:
         assert f"prune-peak {name}" in run(name, "--help").output
 
 
-LIMITED = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from prune_peak.cli import main
-main(sys.argv[2:])
-"""
-
-
 def test_a_ratio_may_name_its_site(tmp_path: Path, text: Path) -> None:
     result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4, "--ratio", "mlp=0.5", "--json")
     assert json.loads(result.stdout)["share"] == {"mlp": 0.5}
-
-
-def test_a_disk_that_fills_up_leaves_what_was_done(tmp_path: Path, text: Path) -> None:
-    """A limit on the size of files stands in for the disk: writing stops in the middle of the weights."""
-    words = ["compress", "--model", EXAMPLES / "opt-mini", "--ratio", 0.3, "--output", tmp_path / "cut"]
-    words += ["--calibration", text, "--samples", 4, "-q"]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "1000000", *map(str, words)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("Error: ")
-    assert "could not be written" in done.stderr
-    assert "the same command goes on" in done.stderr.lower()
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.partial", "text.txt"]
 
 
 def test_a_disk_that_is_too_small_is_seen_before_work(

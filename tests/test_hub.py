@@ -1,10 +1,7 @@
 """Models by Hub id, and pushes to it: over real HTTP, with huggingface_hub's own client and cache."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,42 +32,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
         yield hub
 
 
-class Machine:
-    """A clean user of the hub: its own cache, its own environment, the command as a process."""
-
-    def __init__(self, hub: LoopbackHub, folder: Path) -> None:
-        self.folder = folder
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        self.environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf")}
-
-    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "prune_peak", *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=self.environment | environment, cwd=self.folder, check=False
-        )
-
-
-@pytest.fixture
-def machine(hub: LoopbackHub, tmp_path: Path) -> Machine:
-    return Machine(hub, tmp_path)
-
-
 SMALL = ("--ratio", "0.3", "--samples", "4", "--sequence-length", "32")
-
-
-def test_compress_by_id_then_offline_from_the_cache(machine: Machine, hub: LoopbackHub) -> None:
-    first = machine.run("compress", "--model", "mini/opt", "--revision", "v1", *SMALL, "-q", "--json")
-    assert first.returncode == 0, first.stderr
-    assert json.loads(first.stdout)["output"] == "opt-peak-0.3"
-    recipe = json.loads((machine.folder / "opt-peak-0.3" / "prune_peak.json").read_text())
-    assert recipe["source"] == {"model": "mini/opt", "revision": COMMIT, "digest": COMMIT}
-    hub.requests.clear()
-    words = ("--revision", COMMIT, *SMALL, "-q", "--output", "again")
-    again = machine.run("compress", "--model", "mini/opt", *words, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0, again.stderr
-    assert not hub.requests
-    for name in ("model.safetensors", "prune_peak_plan.safetensors", "prune_peak.json", "config.json"):
-        assert (machine.folder / "again" / name).read_bytes() == (machine.folder / "opt-peak-0.3" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +72,23 @@ def calm(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 def run(*words: object) -> Result:
     return CliRunner().invoke(main, [*map(str, words), "-q"])
+
+
+def test_compress_by_id_then_offline_from_the_cache(
+    calm: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run("compress", "--model", "mini/opt", "--revision", "v1", *SMALL, "--json")
+    assert first.exit_code == 0, first.stderr
+    assert json.loads(first.stdout)["output"] == "opt-peak-0.3"
+    recipe = json.loads((tmp_path / "opt-peak-0.3" / "prune_peak.json").read_text())
+    assert recipe["source"] == {"model": "mini/opt", "revision": COMMIT, "digest": COMMIT}
+    calm.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = run("compress", "--model", "mini/opt", "--revision", COMMIT, *SMALL, "--output", "again")
+    assert again.exit_code == 0, again.stderr
+    assert not calm.requests
+    for name in ("model.safetensors", "prune_peak_plan.safetensors", "prune_peak.json", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "opt-peak-0.3" / name).read_bytes()
 
 
 def test_a_repository_with_only_a_bin(calm: LoopbackHub, tmp_path: Path) -> None:

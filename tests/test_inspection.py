@@ -73,7 +73,7 @@ def test_inspect_says_what_becomes_of_attention(tiny: Tiny, tmp_path: Path) -> N
 
 
 def test_every_family_is_inspected_above() -> None:
-    assert {tiny.build().config.model_type for tiny in TINY} == set(FAMILIES)
+    assert {tiny.configure().model_type for tiny in TINY} == set(FAMILIES)
 
 
 def test_the_command_says_what_a_person_wants_to_know() -> None:

@@ -137,7 +137,7 @@ def check_same(expected: Outputs, ours: Outputs) -> dict[str, str]:
 MLP, ATTENTION, BOTH = ("mlp",), ("attention",), ("mlp", "attention")
 ALL = TINY + MORE_HEADS
 NARROWER = [
-    tiny for tiny in ALL if "attention" in cuttable_kinds(FAMILIES[tiny.build().config.model_type]) and not tiny.stiff
+    tiny for tiny in ALL if "attention" in cuttable_kinds(FAMILIES[tiny.configure().model_type]) and not tiny.stiff
 ]
 ONE_GROUP = ("llama-one-group", "falcon-7b", "falcon-7b-biased-untied", "gemma-wide-heads")
 CASES = [(tiny, MLP, "head", fill) for tiny in ALL for fill in ("mean", "peak")]
@@ -181,7 +181,7 @@ def test_written_checkpoint_equals_the_ablated_original(
     law_table.append((tiny.name, source.family.model_type, what, type(ours).__name__, fill, *stages, *sizes))
 
 
-ONE_EACH = {tiny.build().config.model_type: tiny for tiny in TINY}.items()
+ONE_EACH = {tiny.configure().model_type: tiny for tiny in TINY}.items()
 IN_PLACE = [(tiny, ATTENTION, "neuron") for model_type, tiny in ONE_EACH if FAMILIES[model_type].attention]
 IN_PLACE += [(BY_NAME[name], ATTENTION, "head") for name in ("bert", "gpt2", "gpt-neox-parallel", "llama-one-group")]
 IN_PLACE += [(BY_NAME[name], BOTH, "group") for name in ("opt-no-bias", "mistral-window")]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 HIDDEN, WIDTH, BLOCKS, VOCABULARY, POSITIONS = 32, 64, 3, 97, 160
 IMAGE, PATCH = 24, 4
@@ -25,13 +25,14 @@ class Tiny:
     settings: dict[str, Any] = field(default_factory=dict)
     stiff: bool = False  # no stock class can hold its attention narrower, though others of its family can be
 
+    def configure(self) -> PreTrainedConfig:
+        common = {} if self.family in VISION else COMMON
+        kind = getattr(transformers, CONFIGS.get(self.family, f"{self.family}Config"))
+        return kind(**(FAMILY_SETTINGS[self.family] | common | self.settings))
+
     def build(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
-        common = {} if self.family in VISION else COMMON
-        config = getattr(transformers, CONFIGS.get(self.family, f"{self.family}Config"))(
-            **(FAMILY_SETTINGS[self.family] | common | self.settings)
-        )
-        model = getattr(transformers, f"{self.family}{self.head}")(config).eval()
+        model = getattr(transformers, f"{self.family}{self.head}")(self.configure()).eval()
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln_" in name else 0.0, std=0.15)
         return model
