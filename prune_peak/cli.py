@@ -7,9 +7,13 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import click
@@ -35,13 +39,14 @@ class Group(click.Group):
     """Turns the library's errors into one `Error:` line and an exit code; anything else keeps its traceback."""
 
     def invoke(self, context: click.Context) -> Any:
-        try:
-            return self._invoke(context)
-        except (Exception, KeyboardInterrupt) as error:
-            if not _is_of_interrupt(error):
-                raise
-            click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
-            sys.exit(130)
+        with _noting_interrupts() as interrupts:
+            try:
+                return self._invoke(context)
+            except (Exception, KeyboardInterrupt) as error:
+                if not interrupts and not isinstance(error, KeyboardInterrupt):
+                    raise
+                click.echo("Interrupted. Whatever was finished is kept: the same command goes on from there.", err=True)
+                sys.exit(130)
 
     def _invoke(self, context: click.Context) -> Any:
         try:
@@ -87,11 +92,24 @@ class Group(click.Group):
                 pass  # the first process has told why it left
 
 
-def _is_of_interrupt(error: BaseException | None) -> bool:
-    """Whether it is Ctrl-C, or what a library made of it on the way: transformers' clean-up fails in some moments."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """The Ctrl-C so far. Libraries make other errors of it on the way: clean-up fails, or Rust swallows what it was."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class OneLine(logging.Formatter):

@@ -1,6 +1,7 @@
 """A run that was stopped goes on where it was, and ends with the same bytes; what it left serves no other run."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,9 +121,9 @@ def test_an_interrupt_is_one_whatever_a_library_makes_of_it(
 ) -> None:
     def interrupted(*args: object, **options: object) -> None:
         try:
-            raise KeyboardInterrupt
-        finally:
-            raise made_of_it
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise made_of_it from None
 
     monkeypatch.setattr("prune_peak.inspection.inspect", interrupted)
     result = run("inspect", EXAMPLES / "opt-mini")
