@@ -30,7 +30,7 @@ from .source import Source
 CPU = torch.device("cpu")
 FACTORS = (nn.Linear, Conv1D)  # modules (not their subclasses) whose weight is a factor of a product and nothing else
 FEW_BYTES = 2**25  # of a block's weights; so few are not worth giving back, for new pages cost more than they save
-FEW_TOKENS = 4
+FEW_TOKENS = 4  # the last of a window, for padding is on the left
 
 Batch = dict[
     str, Tensor
