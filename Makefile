@@ -55,7 +55,7 @@ readers: .venv/ready  ## what older releases of transformers make of what is wri
 	$(BIN)/python bench/readers.py read build/readers > build/readers/log
 	$(BIN)/python bench/readers.py table build/readers
 
-bench: .venv/ready  ## every figure of docs/performance.md, as JSON in bench-output: an hour or two, alone on the machine
+bench: .venv/ready  ## the costs of docs/performance.md, as JSON in bench-output: two hours or three, alone on the machine
 	$(BIN)/python bench/all.py
 
 format: .venv/ready

@@ -1,8 +1,10 @@
-"""Every figure of docs/performance.md: `make bench`, or `python bench/all.py [NAME ...]`.
+"""The costs that docs/performance.md tells: `make bench`, or `python bench/all.py [NAME ...]`.
 
 Each script runs in a process of its own, one after the other, with nothing else on the machine. What they print is
-kept in `bench-output/NAME.json`, beside the machine and the versions in `bench-output/machine.json`. The model is the
-random Llama of `bench/random_llama.py`, the text the help topics of Python: neither changes what is measured here.
+kept in `bench-output/NAME.json`, beside the machine and the versions in `bench-output/machine.json`. The models are
+SmolLM2 (`bench/smollm2.py`, which fetches a package) and a random Llama of 1.3 billion parameters, the text the help
+topics of Python: none of it changes what is measured here. `evaluate --latency` and `bench/curve.py`, which measure what
+a cut and more calibration buy, are run apart, on a text.
 """
 
 import json
@@ -17,16 +19,20 @@ from pydoc_data.topics import topics
 import torch
 import transformers
 from random_llama import write_random_llama
+from smollm2 import write_smollm2
 
 from prune_peak.machine import physical_memory
 
 HERE = Path(__file__).parent
 OUTPUT = Path("bench-output")
 SCRIPTS = {
-    "moments": "calibration.py --model {model} --what moments --samples 8",
-    "compress": "calibration.py --model {model} --what compress --samples 8",
-    "export": "export.py --model {model} --calibration {text}",
-    "budgets": "budgets.py --model {model} --calibration {text}",
+    "moments": "calibration.py --model {smollm2} --what moments",
+    "moments-large": "calibration.py --model {random} --what moments --samples 8 --pairs 1",
+    "compress": "calibration.py --model {smollm2} --what compress",
+    "export": "export.py --model {random} --calibration {text}",
+    "budgets": "budgets.py --model {random} --calibration {text} --samples 4",
+    "ranks": "ranks.py --model {smollm2} --calibration {text}",
+    "reproduction": "reproduction.py --model {smollm2} --calibration {text} -- --samples 16",
     "growth": "growth.py",
     "large": "large.py --calibration {text}",
 }
@@ -48,12 +54,17 @@ def main() -> None:
     }
     (OUTPUT / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     print(json.dumps(machine, indent=2), flush=True)
+    wanted = " ".join(SCRIPTS[name] for name in names)
     with tempfile.TemporaryDirectory() as scratch:
-        model, text = Path(scratch, "random-llama"), Path(scratch, "topics.txt")
-        write_random_llama(model)
-        text.write_text("\n\n".join(topics.values()))
+        places = {name: Path(scratch, name) for name in ("smollm2", "random", "text")}
+        places["text"] = places["text"].with_suffix(".txt")
+        places["text"].write_text("\n\n".join(topics.values()))
+        if "{smollm2}" in wanted:
+            write_smollm2(places["smollm2"])
+        if "{random}" in wanted:
+            write_random_llama(places["random"])
         for name in names:
-            script, *words = SCRIPTS[name].format(model=model, text=text).split()
+            script, *words = SCRIPTS[name].format(**places).split()
             answer = subprocess.run(
                 [sys.executable, HERE / script, *words], check=True, stdout=subprocess.PIPE, text=True
             )

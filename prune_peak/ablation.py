@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from .folding import cut_mask
 from .selection import Choice
 from .sites import Site
 
@@ -47,7 +48,7 @@ def resampled(
     """
     with ExitStack() as hooks:
         for site in sites:
-            hook = _resample(_cut_mask(site.neurons, keeps[site.name]), draw)
+            hook = _resample(cut_mask(site.neurons, keeps[site.name]), draw)
             handle = model.get_submodule(site.name).register_forward_pre_hook(hook)
             hooks.callback(handle.remove)
         yield
@@ -70,10 +71,6 @@ def draw_others(generator: torch.Generator) -> Callable[[int], Tensor]:
     return draw
 
 
-def _cut_mask(neurons: int, keep: Tensor) -> Tensor:
-    return torch.ones(neurons, dtype=torch.bool).index_fill(0, keep, False)
-
-
 def _resample(is_cut: Tensor, draw: Callable[[int], Tensor]):  # type: ignore[no-untyped-def]
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         values = args[0]
@@ -85,7 +82,7 @@ def _resample(is_cut: Tensor, draw: Callable[[int], Tensor]):  # type: ignore[no
 
 
 def _hold(choice: Choice):  # type: ignore[no-untyped-def]
-    is_cut = _cut_mask(len(choice.fill), choice.keep)
+    is_cut = cut_mask(len(choice.fill), choice.keep)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.where(is_cut, choice.fill.to(args[0].dtype), args[0]), *args[1:]

@@ -108,6 +108,12 @@ def analyze(
     splits = {_label(text): _split(source, text, turns * samples, windows, length, seed) for text in texts}
     if len(splits) < len(texts):
         raise UsageError("--text: two texts have the same name; expected different ones.")
+    for text, split in splits.items():
+        if len(split.calibration) < turns:
+            raise PrunePeakError(
+                f"{text} is too short to be measured twice, as several texts are. Pass a longer one, or a smaller "
+                "--sequence-length."
+            )
     compute = DTYPES[dtype or default_dtype(source)]
     protocol = {
         "model": name,

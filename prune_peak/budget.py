@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
-import torch
 from transformers import PreTrainedModel
 
 from .errors import PrunePeakError, UsageError
@@ -85,6 +84,11 @@ class Budget:
             few = dict.fromkeys(widths[round(part)] for part in numpy.linspace(0, len(widths) - 1, MOST_SPLITS))
             choices = [{kind: width} for width in few]
         widths = range(steps[last], first[last].neurons + 1, steps[last])
+        if not widths:
+            raise PrunePeakError(
+                f"multiples of {steps[last]} of {first[last].neurons} neurons would keep none. Choose a smaller "
+                "--multiple-of."
+            )
         splits = []
         for chosen in choices:
             sizes = _Sizes(source, sites, host, chosen, last, widths)
@@ -105,7 +109,7 @@ class Budget:
 
     def _most_parameters(self, source: Blueprint) -> int:
         if self.target_bytes is not None:
-            return self.target_bytes // (source.config.dtype or torch.float32).itemsize
+            return self.target_bytes // source.dtype.itemsize
         assert self.target_params is not None
         return int(self.target_params * count_parameters(source.blank))
 
@@ -126,8 +130,7 @@ class _Sizes(Sequence[int]):
 
     def __getitem__(self, number: int) -> int:  # type: ignore[override]
         kept = self.chosen | {self.last: self.widths[number]}
-        dtype = self.source.config.dtype or torch.float32
-        return count_parameters(choose_target(self.source, self.sites, kept, dtype, self.host).blank)
+        return count_parameters(choose_target(self.source, self.sites, kept, self.source.dtype, self.host).blank)
 
 
 def count_parameters(blank: PreTrainedModel) -> int:

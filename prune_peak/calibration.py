@@ -127,8 +127,11 @@ def calibrate(
             power = torch.cat(ranks.gather(step.powers())).median().item()
         for watch in watches:
             yield from watch.observed(source, dtype, power)
-    pooled = [Watch(site, readings, for_refit, ranks) for site in sites if site.block == stream.blocks]
-    if pooled:
+    pooling = [site for site in sites if site.block == stream.blocks]
+    if pooling:
+        images = ranks.gather(sum(len(batch[IMAGES]) for batch in batches))
+        before = sum(images[: ranks.number])
+        pooled = [Watch(site, sum(images), for_refit, ranks, before) for site in pooling]
         with _watching(stream.model, pooled):
             for _ in stream.outputs():
                 pass

@@ -61,7 +61,7 @@ class LegacyShard:
     """A `pytorch_model.bin` behind the same three methods as a safetensors file; nothing in it is executed."""
 
     def __init__(self, path: Path) -> None:
-        loaded = _load_legacy(path)
+        self.is_mapped, loaded = _load_legacy(path)
         if not isinstance(loaded, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
         ):
@@ -94,7 +94,8 @@ class LegacySlice:
         return DTYPE_NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
 
 
-def _load_legacy(path: Path) -> Any:
+def _load_legacy(path: Path) -> tuple[bool, Any]:
+    """Whether the file is mapped, and what it holds."""
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
@@ -102,7 +103,7 @@ def _load_legacy(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what torch is about to refuse
             # files from before torch 1.6 are no zips, and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return is_zip, torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except PrunePeakError:
         raise
     except Exception as error:  # pickle, zip and torch raise their own kinds
@@ -187,8 +188,10 @@ class Checkpoint:
             Thread(target=_read_through, args=(self.folder, shards), daemon=True).start()
 
     def release(self) -> None:
-        """Let go of every mapped file; reading opens them again."""
-        self._open.clear()
+        """Let go of every mapped file; reading opens them again. What cannot be mapped is read once, and kept."""
+        self._open = {
+            shard: file for shard, file in self._open.items() if isinstance(file, LegacyShard) and not file.is_mapped
+        }
 
     def check_unchanged(self) -> None:
         """Make sure that all that was read came from the same files.

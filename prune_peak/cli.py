@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
@@ -80,7 +80,8 @@ class Group(click.Group):
         with joined() as ranks:
             if ranks.is_first:
                 answer = super().invoke(context)
-                ranks.tell(None)
+                with suppress(LostProcessError):  # who is gone by now has no share in anything
+                    ranks.tell(None)
                 return answer
             from .calibration import assist
 
@@ -198,7 +199,7 @@ budget_options = all_options(
     click.option(
         "--keep-shape",
         is_flag=True,
-        help="Zero what is cut, in place of deleting it: saves nothing, and cuts any attention.",
+        help="Zero what is cut, in place of deleting it: saves nothing, but cuts what no class holds narrower.",
     ),
     click.option(
         "--multiple-of", type=int, help="Kept MLP widths are a multiple of this.  [default: 32; 8 below width 512]"
@@ -220,7 +221,7 @@ calibration_option = click.option(
     help="Text (or folder of images) to measure the neurons on; `self` lets the model write it.",
 )
 computing_options = all_options(
-    click.option("--sequence-length", default=512, show_default=True, help="Tokens a window."),
+    click.option("--sequence-length", default=512, show_default=True, help="Tokens per window."),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -248,7 +249,7 @@ calibration_options = all_options(
 @click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="prune-peak")
 def main() -> None:
-    """Make transformer checkpoints smaller, without training and without a data set.
+    """Make transformer checkpoints smaller, without training; and language models without a data set.
 
     \b
     Example:
@@ -397,7 +398,9 @@ def inspect(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
 @revision_option
 @talk_options
 def verify(folder: Path, model: str | None, revision: str | None, as_json: bool, quiet: bool) -> None:
-    """Check that a folder is what `compress` wrote, and does what the original does with its neurons held.
+    """Check that a folder is what `compress` wrote, and answers as the original does with its neurons held.
+
+    Refitted weights are taken from the folder for that: how good they are only an evaluation tells.
 
     Exits with 0 if every check holds, with 3 if one does not.
 
@@ -464,7 +467,11 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
     help="Labelled images to evaluate on, FOLDER/<label>/<image>; without --calibration, others of them calibrate.",
 )
 @click.option("--samples", default=8, show_default=True, help="Windows (or images) of calibration.")
-@click.option("--windows", type=int, help="As many of evaluation, never the same.  [default: as --samples]")
+@click.option(
+    "--windows",
+    type=int,
+    help="Windows (or images) to evaluate on, others than those of calibration.  [default: as --samples]",
+)
 @computing_options
 @revision_option
 @click.option("--force", is_flag=True, help="Begin anew where the folder holds another study.")
@@ -472,13 +479,14 @@ def verify(folder: Path, model: str | None, revision: str | None, as_json: bool,
 def ablate(as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure what held neurons cost: cross-entropy and top-1, over fills, fractions and kinds of site.
 
-    Writes tables (CSV and JSON) and a picture, and nothing else; the model stays as it is. A study that was stopped
-    goes on where it was.
+    Writes tables (CSV and JSON) and a picture, and nothing else; the model stays as it is. A neuron of attention is one
+    input of its output projection. By default the model runs some 270 times; the second example is a first look.
+    A study that was stopped goes on where it was.
 
     \b
     Examples:
       prune-peak ablate --model HuggingFaceTB/SmolLM2-135M --calibration notes.txt
-      prune-peak ablate --model ./my-model --fill peak --fill mean --fraction 0.3 --sites attention --seeds 5
+      prune-peak ablate --model ./my-model --fill peak --fill mean --fraction 0.3 --seeds 1
     """
     _settle(quiet)
     from .study import ablate as run
@@ -499,7 +507,7 @@ def ablate(as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--text", metavar="FILE", help="Text to measure perplexity on (masked LM: accuracy at masked tokens).")
 @click.option("--images", metavar="FOLDER", help="Images to measure accuracy on, by label: FOLDER/LABEL/IMAGE.")
 @click.option("--windows", default=24, show_default=True, help="At most so many windows, from the start of the text.")
-@click.option("--sequence-length", default=512, show_default=True, help="Tokens a window.")
+@click.option("--sequence-length", default=512, show_default=True, help="Tokens per window.")
 @click.option("--latency", is_flag=True, help="Time prefill and cached decoding, the models in turns.")
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness, or YAML files that define some.")
 @click.option(
@@ -631,6 +639,8 @@ def analyze(as_json: bool, quiet: bool, **options: Any) -> None:
 def export_gguf(folder: Path, file: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Write a folder as one GGUF file, for llama.cpp and what is built on it (needs the extra `gguf`).
 
+    Of Llama, Granite, SmolLM3, Mistral and Qwen2 with a byte-level BPE tokenizer, compressed or not.
+
     \b
     Example:
       prune-peak export-gguf SmolLM2-135M-peak-0.3 small.gguf
@@ -665,7 +675,7 @@ def _settle(quiet: bool) -> None:
 def _estimate(options: dict[str, Any], as_json: bool) -> None:
     from .inspection import estimate
 
-    unused = ("output", "fill", "score", "evaluate", "force")
+    unused = ("output", "score", "evaluate", "force")
     inspection, cost = estimate(**{name: value for name, value in options.items() if name not in unused})
     if as_json:
         click.echo(json.dumps(inspection.to_json() | cost.to_json(), indent=2))

@@ -11,9 +11,9 @@ from torch import Tensor
 from .calibration import DTYPES, default_dtype
 from .compression import EVALUATED
 from .errors import PrunePeakError, UsageError
-from .evaluation import Exam, Grades, Quality, has_exam, set_exam, set_image_exam, sum_up, take_exam
+from .evaluation import Exam, Grades, Quality, set_image_exam, set_text_exam, sum_up, take_exam
 from .source import Source, open_source
-from .texts import SEQUENCE_LENGTH, load_tokenizer, name_text, read_windows, special_tokens, window_length
+from .texts import SEQUENCE_LENGTH, load_tokenizer, special_tokens
 
 FLIPS = 10_000  # of the signs of the differences, for the test
 
@@ -91,7 +91,7 @@ def evaluate(
     if text is None:
         exams = [set_image_exam(source, str(images)) for source in sources]
     else:
-        exams = [_set_exam_on(text, source, windows, sequence_length) for source in sources]
+        exams = [set_text_exam(source, str(text), windows, sequence_length) for source in sources]
     for source, exam in zip(sources[1:], exams[1:], strict=True):
         _check_same(sources[0], exams[0], source, exam)
     entries: list[Entry] = []
@@ -116,13 +116,6 @@ def evaluate(
     start, end = special_tokens(tokenizer := load_tokenizer(sources[0]))
     length = exams[0].targets[0].shape[1]
     return Comparison(tuple(entries), tokenizer.decode(start) if start else "", length - len(start) - len(end))
-
-
-def _set_exam_on(text: str | Path, source: Source, windows: int, sequence_length: int) -> Exam:
-    if not has_exam(source):
-        raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
-    found = read_windows(str(text), source, window_length(source, sequence_length))
-    return set_exam(source, found[:windows], name_text(text))
 
 
 def _check_same(first: Source, theirs: Exam, other: Source, ours: Exam) -> None:

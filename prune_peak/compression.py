@@ -18,7 +18,7 @@ from .budget import Budget, Widths
 from .calibration import DTYPES, Observed, calibrate_together, default_dtype, weigh
 from .card import write_card
 from .errors import PrunePeakError, UsageError, VerificationError
-from .evaluation import Exam, Quality, has_exam, measure_quality, set_exam, set_image_exam, tell_collapse
+from .evaluation import Exam, Quality, has_exam, measure_quality, set_exam, set_image_exam, set_text_exam, tell_collapse
 from .export import RECIPE_FILE, Export
 from .hosts import AUTO as AUTO_HOST
 from .hosts import Layout, Target, choose_target, lay_out, layout_bytes
@@ -39,7 +39,6 @@ from .texts import (
     choose_windows,
     name_text,
     own_windows,
-    read_windows,
     window_length,
 )
 from .verification import Verification, verify
@@ -162,13 +161,14 @@ def compress(
     source = open_source(model, revision)
     found = find_sites(source.blank, source.family, budget.kinds(sites), unit, keep_shape)
     statistics = None if stats is None else load_statistics(Path(stats), source, found)
-    exam = None if evaluate is None else _set_exam_on(evaluate, source, sequence_length)
+    exam = None if evaluate is None else _set_exam_on(str(evaluate), source, sequence_length)
     splits = budget.splits(source, found, multiple_of, host)
     if statistics is not None:
         statistics.check(found, rules.refit, rules.fill == AUTO, len(splits) > 1)
-    load = weigh(source, found, calibration, samples, sequence_length, dtype, seed, rules.needs_evidence)
     if statistics is not None:
-        load = replace(load, tokens=0, samples_text=False)
+        load = statistics.weigh(source, found, rules.needs_evidence)
+    else:
+        load = weigh(source, found, calibration, samples, sequence_length, dtype, seed, rules.needs_evidence)
     machine = plan_machine(source, load, max_memory, device)
     options = {
         **budget.options,
@@ -188,8 +188,10 @@ def compress(
     }
     if statistics is not None:
         options |= statistics.options
-    question = options | {"source": source.digest, "versions": VERSIONS}
+    question = options | {"source": source.digest, "versions": VERSIONS, "prune_peak": __version__}
     folder = Path(output) if output is not None else Path(f"{Path(model).resolve().name}-peak-{budget.label}")
+    if source.folder.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--output {folder} is where the model itself lies; choose another.")
     target, layout = _aim(source, found, splits[0], host)
     if target.zero_filled:
         _say_zero(target, refit)
@@ -277,6 +279,8 @@ def save_statistics(
     """
     _check_samples(samples)
     path = Path(output)
+    if path.is_dir():
+        raise UsageError(f"--output {path} is a folder; expected a file to write.")
     if path.exists() and not force:
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
     source = open_source(model, revision)
@@ -440,14 +444,11 @@ def _check_samples(samples: int) -> None:
         raise UsageError(f"--samples {samples}: expected at least one window.")
 
 
-def _set_exam_on(text: str | Path, source: Source, sequence_length: int) -> Exam:
+def _set_exam_on(name: str, source: Source, sequence_length: int) -> Exam:
     """The exam of an --evaluate text, on its first windows; or of a folder of labelled images."""
-    if source.sees_images:
-        return set_image_exam(source, str(text))
-    if not has_exam(source):
-        raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
-    windows = read_windows(str(text), source, window_length(source, sequence_length))[:EVALUATED]
-    return set_exam(source, windows, name_text(text))
+    return (
+        set_image_exam(source, name) if source.sees_images else set_text_exam(source, name, EVALUATED, sequence_length)
+    )
 
 
 def _set_held_out_exam(source: Source, windows: Windows) -> Exam | None:

@@ -20,7 +20,7 @@ from .errors import PrunePeakError
 from .images import read_labelled
 from .machine import Machine
 from .source import Source
-from .texts import load_tokenizer
+from .texts import load_tokenizer, name_text, read_windows, window_length
 
 PERPLEXITY, MASKED_ACCURACY, IMAGE_ACCURACY = "perplexity", "masked-token accuracy", "image accuracy"
 MASKED = 0.15  # share of a window's ordinary tokens that a masked LM is asked for, BERT's own
@@ -101,6 +101,18 @@ def set_exam(source: Source, windows: Tensor, text: str) -> Exam:
     inputs = windows.masked_fill(masked, tokenizer.mask_token_id)
     targets = windows.masked_fill(~masked, NOT_ASKED)
     return Exam(MASKED_ACCURACY, text, into_batches(inputs, tokens=1), targets.split(1))
+
+
+def set_text_exam(source: Source, text: str, windows: int, sequence_length: int) -> Exam:
+    """The exam of a text, on its first windows.
+
+    Raises:
+        PrunePeakError: the model predicts no tokens, or there is no such text.
+    """
+    if not has_exam(source):
+        raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}: it predicts no text to evaluate.")
+    found = read_windows(text, source, window_length(source, sequence_length))
+    return set_exam(source, found[:windows], name_text(text))
 
 
 def set_image_exam(source: Source, folder: str) -> Exam:

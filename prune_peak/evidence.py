@@ -7,6 +7,7 @@ Ridge regression gives the same from either; in terms of tokens it is
     X_k (X_k' X_k + t r s I)^-1 = (X_k X_k' + t r s I)^-1 X_k          (t tokens)
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,16 @@ class Moments:
             return torch.cholesky_solve(target, torch.linalg.cholesky(ridged)).T
 
         return solve
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], neurons: int) -> "Moments":
+        """What `vars` gave.
+
+        Raises:
+            KeyError, ValueError: a tensor is missing, or not what it should be.
+        """
+        _check(tensors, mean=((neurons,), torch.float64), covariance=((neurons, neurons), torch.float32))
+        return cls(tensors["mean"], tensors["covariance"])
 
     def about_zero(self) -> "Moments":
         narrow = self.mean.float()
@@ -191,11 +202,19 @@ class Gram:
         return {"count": torch.tensor(self.count), "pivot": self.pivot, "sum": self.sum, "products": products}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Gram":
-        """What `to_tensors` gave."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], neurons: int) -> "Gram":
+        """What `to_tensors` gave.
+
+        Raises:
+            KeyError, ValueError: a tensor is missing, or not what it should be.
+        """
+        _check(tensors, pivot=((neurons,), torch.float32), sum=((neurons,), torch.float64), count=((), torch.int64))
         gram = cls(tensors["pivot"])
         gram.count, gram.sum = int(tensors["count"]), tensors["sum"]
         blocks = gram._blocks()
+        _check(tensors, products=((sum(block.numel() for block in blocks),), torch.float32))
+        if gram.count < 1:
+            raise ValueError(f"count is {gram.count}")
         for block, values in zip(blocks, tensors["products"].split([block.numel() for block in blocks]), strict=True):
             block.copy_(values.view_as(block))
         return gram
@@ -241,10 +260,16 @@ class Grams:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Grams":
-        """What `to_tensors` gave."""
-        grams = cls(tensors["fitted/pivot"])
-        grams.fitted, grams.held_out = (Gram.from_tensors(_under(tensors, part)) for part in ("fitted/", "held_out/"))
+    def from_tensors(cls, tensors: Mapping[str, Tensor], neurons: int) -> "Grams":
+        """What `to_tensors` gave.
+
+        Raises:
+            KeyError, ValueError: a tensor is missing, or not what it should be.
+        """
+        grams = cls(torch.zeros(0))
+        grams.fitted, grams.held_out = (
+            Gram.from_tensors(_under(tensors, part), neurons) for part in ("fitted/", "held_out/")
+        )
         return grams
 
 
@@ -271,11 +296,28 @@ class Tape:
         return {"rows": torch.cat(self.batches), "batches": torch.tensor([len(batch) for batch in self.batches])}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Tape":
-        """What `to_tensors` gave."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], neurons: int) -> "Tape":
+        """What `to_tensors` gave.
+
+        Raises:
+            KeyError, ValueError: a tensor is missing, or not what it should be.
+        """
+        rows, batches = tensors["rows"], tensors["batches"]
+        _check(tensors, rows=((len(rows), neurons), rows.dtype), batches=((batches.numel(),), torch.int64))
+        if not rows.is_floating_point() or int(batches.min()) < HELD_OUT or int(batches.sum()) != len(rows):
+            raise ValueError(f"{len(rows)} rows of {rows.dtype} in batches of {batches.tolist()[:3]}")
         tape = cls()
-        tape.batches = list(tensors["rows"].split(tensors["batches"].tolist()))
+        tape.batches = list(rows.split(batches.tolist()))
         return tape
+
+
+def _check(tensors: Mapping[str, Tensor], **expected: tuple[tuple[int, ...], torch.dtype]) -> None:
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}")
+        if tensor.numel() and not all(math.isfinite(bound) for bound in tensor.aminmax()):
+            raise ValueError(f"{name} is not finite")
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

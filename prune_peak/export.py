@@ -66,9 +66,13 @@ class Export:
 
     def finish(self) -> dict[str, str]:
         """Write the rest, the config, the plan and the side files; returns the digests of all tensors."""
-        self._write(None, {})
+        changed = {site.block for site in self.target.sites}
+        for block in tensors_by_block(self.source.blank, self.source.family):
+            if block not in changed:
+                self._write(block, {})
         for name, (shape, dtype) in self.layout.items():
             if self._names[name] not in self._writer.digests:
+                assert name.endswith(".bias"), name
                 self._writer.write(self._names[name], torch.zeros(shape, dtype=dtype))
         digests = self._writer.finish()
         save_tensors(pack_plan(self._plan), self.folder / PLAN_FILE)
@@ -146,4 +150,6 @@ def copy_side_files(source: Path, folder: Path) -> None:
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
             if path.name not in NOT_COPIED and path.is_file():
-                shutil.copyfile(path, folder / path.name)
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)

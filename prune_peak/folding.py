@@ -30,13 +30,25 @@ def fold(weight: Tensor, bias: Tensor | None, fill: Tensor, keep: Tensor) -> Ten
         >>> fold(weight, torch.tensor([0.5]), fill=torch.tensor([9.0, 9.0, 0.1]), keep=torch.tensor([0, 1]))
         tensor([0.8000])
     """
-    is_cut = torch.ones(len(fill), dtype=torch.bool)
-    is_cut[keep] = False
+    is_cut = cut_mask(len(fill), keep)
     # float64 inside: the sum runs over thousands of neurons and is cast once
     folded = weight[:, is_cut].double() @ fill[is_cut].double()
     if bias is not None:
         folded += bias.double()
     return folded.float()
+
+
+def cut_mask(neurons: int, keep: Tensor) -> Tensor:
+    """True where a neuron is cut, (neurons,).
+
+    Example:
+        >>> import torch
+        >>> cut_mask(3, torch.tensor([0, 2]))
+        tensor([False,  True, False])
+    """
+    is_cut = torch.ones(neurons, dtype=torch.bool)
+    is_cut[keep] = False
+    return is_cut
 
 
 def cut(tensor: Tensor, keep: Tensor, axis: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .errors import PrunePeakError
+from .errors import PrunePeakError, UsageError
 from .source import Source, open_source
 from .texts import load_tokenizer, special_tokens
 
@@ -63,6 +63,8 @@ def export_gguf(folder: str | Path, file: str | Path, *, force: bool = False) ->
         >>> llama_cpp.Llama("small.gguf")                         # doctest: +SKIP
     """
     path = Path(file)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; expected a file to write.")
     if os.path.exists(path) and not force:
         raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another name.")
     try:

@@ -8,7 +8,6 @@ class can hold is asked of the class: it is built on `meta`, and every shape com
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -114,16 +113,12 @@ class Target:
     host: str  # a name of `HOSTS`, or "own"
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
+    blank: PreTrainedModel  # the class without any numbers
     sites: tuple[Site, ...]  # those that are cut; where there is no bias for the constants, without
     kept: Mapping[str, int]  # neurons, by the kind of site
     dialect: Dialect | None = None
     words: Words | None = None  # the source's config as the dialect says it
     why: str = ""  # what the better hosts lack; empty where this is the first
-
-    @cached_property
-    def blank(self) -> PreTrainedModel:
-        """The class without any numbers."""
-        return build_blank(self.model_class, self.config)
 
     @property
     def zero_filled(self) -> tuple[str, ...]:
@@ -211,11 +206,14 @@ def _build(source: Blueprint, sites: Sequence[Site], kept: Mapping[str, int], dt
         model_class = _same_head(source, config)
     config.dtype = dtype
     config.architectures = [model_class.__name__]
-    target = Target(source, name, model_class, config, tuple(sites), kept, dialect, words)
+    try:
+        blank = build_blank(model_class, config)
+    except Exception as error:  # as modules do where shapes do not fit
+        raise _refused(config, error) from None
     if name == OWN:
-        held = target.blank.state_dict()
+        held = blank.state_dict()
         sites = [site if site.constants in held else replace(site, constants=None) for site in sites]
-    return replace(target, sites=tuple(sites))
+    return Target(source, name, model_class, config, blank, tuple(sites), kept, dialect, words)
 
 
 def _own_config(source: Blueprint, sites: Sequence[Site], settings: Words) -> PreTrainedConfig:
@@ -228,11 +226,14 @@ def _own_config(source: Blueprint, sites: Sequence[Site], settings: Words) -> Pr
     try:
         config.update(said | openers)
         type(config)(**config.to_dict())  # only a new config is checked
-        build_blank(source.model_class, config)
     except Exception as error:  # the strict config classes raise their own kinds
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise HostError(f"{config.model_type} refuses the smaller shape: {reason}") from None
+        raise _refused(config, error) from None
     return config
+
+
+def _refused(config: PreTrainedConfig, error: Exception) -> HostError:
+    reason = str(error).strip().splitlines()[-1].strip()
+    return HostError(f"{config.model_type} refuses the smaller shape: {reason}")
 
 
 def _say(source: Blueprint, settings: Words, dialect: Dialect | None) -> Words:

@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .images import choose_images
 from .machine import PROCESSOR, Machine, plan_machine
 from .planning import Rules, choose
 from .refit import ELIMINATION
+from .selection import AUTO as FILL_AUTO
 from .selection import DEVIATION, width_step
 from .sites import HEAD, KINDS, Site, find_blocks, find_sites
 from .source import Blueprint, Source, count_patches, open_blueprint, open_source
@@ -108,7 +109,21 @@ def inspect(
         [('mlp', 384, 192), ('attention', 128, 128)]
     """
     blueprint = open_blueprint(model, revision)
-    dtype = blueprint.config.dtype or torch.float32
+    return _inspect(blueprint, ratio, target_params, target_bytes, sites, unit, keep_shape, multiple_of, host)
+
+
+def _inspect(
+    blueprint: Blueprint,
+    ratio: Ratio | None,
+    target_params: float | None,
+    target_bytes: int | None,
+    sites: Sequence[str] | None,
+    unit: str,
+    keep_shape: bool,
+    multiple_of: int | None,
+    host: str,
+) -> Inspection:
+    dtype = blueprint.dtype
     if target_params is None and target_bytes is None and ratio is None:
         ratio = RATIO
     budget = Budget(ratio, target_params, target_bytes, keep_shape)
@@ -128,7 +143,7 @@ def inspect(
             except PrunePeakError as reason:
                 whole.setdefault(kind, str(reason))
     return Inspection(
-        model=model,
+        model=blueprint.name,
         model_type=blueprint.family.model_type,
         model_class=blueprint.model_class.__name__,
         dtype=str(dtype).removeprefix("torch."),
@@ -157,8 +172,10 @@ def _inspect_kind(
     """
     sites = find_sites(blueprint.blank, blueprint.family, [kind], unit, in_place)
     site, step = sites[0], width_step(sites[0], multiple_of)
+    if site.neurons <= step:
+        raise PrunePeakError(f"{step} of {site.neurons} {kind} neurons leave together, and then none is left.")
     widths = {kind: kept or site.neurons - step}
-    target = choose_target(blueprint, sites, widths, blueprint.config.dtype or torch.float32, host)
+    target = choose_target(blueprint, sites, widths, blueprint.dtype, host)
     constants = "nowhere: no bias takes them, so they are zero"
     if not target.zero_filled:
         there = find_sites(target.blank, FAMILIES[target.config.model_type], [kind], unit, in_place)[0]
@@ -190,6 +207,7 @@ def estimate(
     sites: Sequence[str] | None = None,
     unit: str = HEAD,
     keep_shape: bool = False,
+    fill: str = "peak",
     refit: bool = True,
     multiple_of: int | None = None,
     host: str = AUTO,
@@ -210,30 +228,19 @@ def estimate(
     Raises:
         PrunePeakError: what `compress` would refuse of the model, or of the memory.
     """
-    inspection = inspect(
-        model,
-        ratio,
-        target_params=target_params,
-        target_bytes=target_bytes,
-        sites=sites,
-        unit=unit,
-        keep_shape=keep_shape,
-        multiple_of=multiple_of,
-        host=host,
-        revision=revision,
-    )
     source = open_source(model, revision)
+    inspection = _inspect(source, ratio, target_params, target_bytes, sites, unit, keep_shape, multiple_of, host)
     kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
     cut = find_sites(source.blank, source.family, kinds, unit, keep_shape)
+    rules = Rules(fill, ELIMINATION if refit else DEVIATION, refit, seed)
     statistics = None
     if stats is not None:
         statistics = load_statistics(Path(stats), source, cut)
-        statistics.check(cut, refit)
-        samples, dtype = statistics.options["samples"], statistics.options["dtype"]
-        sequence_length = statistics.options["sequence_length"] or sequence_length
-    load = weigh(source, cut, calibration, samples, sequence_length, dtype, seed, refit)
-    if statistics is not None:
-        load = replace(load, tokens=0, samples_text=False)
+        statistics.check(cut, refit, fill == FILL_AUTO)
+        samples = statistics.options["samples"]
+        load = statistics.weigh(source, cut, rules.needs_evidence)
+    else:
+        load = weigh(source, cut, calibration, samples, sequence_length, dtype, seed, rules.needs_evidence)
     machine = plan_machine(source, load, max_memory, device)
     if source.sees_images:
         held, embedding = 0, 0
@@ -246,14 +253,15 @@ def estimate(
         windows = torch.randint(source.config.vocab_size, (2 * max(1, machine.batch_tokens // length), length))
     block = find_blocks(source.blank, source.family)[0]
     # Seconds that a token takes in a block, with and without statistics, and in the head
-    observed, bare = _time_block(source, cut, windows, length, load.dtype, refit and statistics is None, machine)
+    for_refit = rules.needs_evidence and statistics is None
+    observed, bare = _time_block(source, cut, windows, length, load.dtype, for_refit, machine)
     head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
     forward = bare * inspection.blocks + head
     seconds = START_SECONDS
     if statistics is None:
         seconds += observed * inspection.blocks * samples * length
     else:
-        seconds += _time_deciding(source, inspection, statistics, cut, refit) * inspection.blocks
+        seconds += _time_deciding(source, inspection, statistics, cut, rules) * inspection.blocks
     seconds += forward * (held * length * (2 - inspection.share) + VERIFIED_TOKENS)
     if load.samples_text:
         seconds += _time_sampling(source, seed) * (samples + held) * length
@@ -289,11 +297,10 @@ def _time_block(
 
 
 def _time_deciding(
-    source: Source, inspection: Inspection, statistics: Statistics, sites: Sequence[Site], refit: bool
+    source: Source, inspection: Inspection, statistics: Statistics, sites: Sequence[Site], rules: Rules
 ) -> float:
     """Seconds that it takes to decide what stays of the first block."""
     kept = {site.kind: site.kept for site in inspection.sites if site.kept < site.neurons}
-    rules = Rules(score=ELIMINATION if refit else DEVIATION, refit=refit)
     began = time.perf_counter()
     for site in sites:
         if site.block == 0 and site.kind in kept:

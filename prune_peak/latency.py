@@ -90,21 +90,29 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         words = (theirs, str(source.folder), source.model_class.__name__, dtype, prompt, torch.get_num_threads())
+        self._name = source.name
         self._process = context.Process(target=_serve, args=words, daemon=True)
         self._process.start()
         theirs.close()
 
     def turn(self) -> tuple[float, float]:
         """Seconds of the prefill, and of the decoding after it."""
-        self._pipe.send("turn")
-        prefill, decode = self._pipe.recv()
+        prefill, decode = self._ask("turn")
         return prefill, decode
 
     def finish(self) -> int | None:
         """The peak of resident memory, in bytes."""
-        self._pipe.send("finish")
-        memory: int | None = self._pipe.recv()
+        memory: int | None = self._ask("finish")
         return memory
+
+    def _ask(self, word: str) -> Any:
+        try:
+            self._pipe.send(word)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            raise PrunePeakError(
+                f"the process that ran {self._name} is gone; perhaps there is not enough memory for all models at once."
+            ) from None
 
     def stop(self) -> None:
         self._process.kill()

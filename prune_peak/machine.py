@@ -51,6 +51,7 @@ class Load:
     refit: bool
     dtype: torch.dtype
     samples_text: bool = False  # the whole model writes it
+    is_measured: bool = False  # what it gave lies in a file
 
 
 def physical_memory() -> int:
@@ -111,7 +112,7 @@ def plan_machine(source: Source, load: Load, max_memory: int | None = None, devi
 def _advice(source: Source, load: Load, budget: int) -> str:
     """What would take less."""
     neurons = max(site.neurons for site in load.sites)
-    if load.refit and load.tokens >= neurons:
+    if load.refit and load.tokens >= neurons and not load.is_measured:
         samples = (neurons - 1) // load.length
         few = replace(load, tokens=samples * load.length)
         if samples and _most_resident(source, few, load.length, True) <= budget:
@@ -133,7 +134,7 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
     factor = factor_type(load.dtype).itemsize
     wide = factor if factor > width else 0  # copies of factors
     weights = block * factor
-    states = 0 if spills else load.tokens * hidden * width
+    states = 0 if spills or load.is_measured else load.tokens * hidden * width
     batch = batch_tokens * ((4 * neurons + 8 * hidden) * width + (neurons + hidden) * wide)
     measured = neurons * 256 * 8
     gathered = solving = 0

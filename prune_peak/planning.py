@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .budget import Widths
 from .calibration import Observed
-from .errors import UsageError
+from .errors import PrunePeakError, UsageError, brief
 from .evidence import Moments
 from .narrowing import Narrowing, narrow
 from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
@@ -72,7 +72,20 @@ class Rules:
 
 
 def choose(source: Source, observed: Observed, kept: int, rules: Rules) -> Decision:
-    """What stays of a site, at which fill, and refitted if asked for."""
+    """What stays of a site, at which fill, and refitted if asked for.
+
+    Raises:
+        PrunePeakError: what was seen of its neurons cannot be.
+    """
+    try:
+        return _decide(source, observed, kept, rules)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise PrunePeakError(
+            f"what is known of {observed.site.name} makes no sense ({brief(error)}). Calibrate it anew."
+        ) from None
+
+
+def _decide(source: Source, observed: Observed, kept: int, rules: Rules) -> Decision:
     site, summary = observed.site, observed.stats.summarize()
     weight = site.as_matrix(source.read(site.weight))
     bias = source.read(site.bias) if site.bias in source.names else None
@@ -140,7 +153,9 @@ def choose_split(source: Source, observed: Iterable[Observed], splits: Sequence[
             width = kept.get(site.kind, site.neurons)
             if width not in errors:
                 decision = choose(source, seen, width, rules)
-                errors[width] = output_error(weight, bias, decision.choice, held_out) / seen.power
+                # without the refit, whose reader knows the held-out tokens; what it saves on them it tells itself
+                error = output_error(weight, bias, decision.choice.without_reader(), held_out) / seen.power
+                errors[width] = error if decision.refit is None else error * decision.refit.error
             losses[number] += errors[width]
     for kept, loss in zip(splits, losses, strict=True):
         log.info("split %s: predicted loss %.4f", kept, loss)

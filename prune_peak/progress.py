@@ -18,7 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .checkpoint import load_tensors, save_tensors
-from .errors import PrunePeakError, VerificationError
+from .errors import PrunePeakError, UsageError, VerificationError
+from .export import RECIPE_FILE
 from .planning import Decision
 from .refit import Refit
 from .selection import pack_plan, unpack_plan
@@ -48,17 +49,24 @@ class Progress:
 
     def __init__(self, folder: Path, question: Mapping[str, Any], size: int, force: bool = False) -> None:
         self.folder = folder
-        self.partial = folder.with_name(folder.name + ".partial")
+        self.partial = folder.parent / f"{folder.name}.partial"
         self.checkpoint = self.partial / "checkpoint"
         self._lock = FileLock(self.partial / LOCK_FILE, timeout=0)
         self._question = json.loads(json.dumps(question))
         self._answers: dict[str, Any] = {}
         self._resumed, self._force = False, force
+        if not folder.name:
+            raise UsageError(f"--output {folder}: expected the name of a folder to write.")
         for path in (self.folder, self.partial):
             if os.path.islink(path) or (os.path.exists(path) and not path.is_dir()):
                 raise PrunePeakError(f"{path} is a file; choose another --output.")
         if os.path.exists(folder) and not force:
             raise PrunePeakError(f"{folder} exists; pass --force to replace it, or choose another --output.")
+        if os.path.exists(folder) and any(folder.iterdir()) and not (folder / RECIPE_FILE).exists():
+            raise PrunePeakError(
+                f"{folder} holds something else than a result of prune-peak, which --force does not replace. Choose "
+                "another --output."
+            )
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -185,7 +193,7 @@ class Progress:
 
     def finish(self) -> None:
         """Give the checkpoint its final name, once the disk holds all of it."""
-        for path in (*self.checkpoint.iterdir(), self.checkpoint):
+        for path in (*self.checkpoint.rglob("*"), self.checkpoint):
             _sync(path)
         replaced = self.partial / "replaced"
         if self._force and self.folder.exists():

@@ -36,7 +36,7 @@ class Ranks:
         return self.number == 0
 
     def share(self, parts: int) -> slice:
-        """Which of so many parts are this process's: as many as the others', side by side."""
+        """Which of so many parts are this process's: as many as the others', or one more, side by side."""
         return slice(parts * self.number // self.count, parts * (self.number + 1) // self.count)
 
     def tell(self, value: Any = None) -> Any:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .evidence import Evidence, Knowledge, Moments
-from .folding import fold
+from .folding import cut_mask, fold
 from .selection import Choice
 from .sites import Site
 
@@ -112,7 +112,7 @@ class Fitting:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, choice: Choice, known: Knowledge) -> None:
-        keep, cut = choice.keep, _complement(choice.keep, weight.shape[1])
+        keep, cut = choice.keep, cut_mask(weight.shape[1], choice.keep).nonzero()[:, 0]
         lost = weight[:, cut].float()
         self.columns, self.folded = weight[:, keep].float(), fold(weight, bias, choice.fill, keep)
         self.mean = known.mean[keep]
@@ -178,12 +178,6 @@ def output_error(weight: Tensor, bias: Tensor | None, choice: Choice, known: Kno
     change = weight.float().clone()
     change[:, choice.keep] -= columns.float()
     return known.error(change, (0 if bias is None else bias.double()) - offset.double())
-
-
-def _complement(keep: Tensor, neurons: int) -> Tensor:
-    is_cut = torch.ones(neurons, dtype=torch.bool)
-    is_cut[keep] = False
-    return is_cut.nonzero()[:, 0]
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:

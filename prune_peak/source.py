@@ -32,13 +32,15 @@ from transformers.initialization import no_init_weights
 from .checkpoint import Checkpoint, digest_tensor
 from .errors import PrunePeakError, brief
 from .families import FAMILIES, Family
-from .strangers import check_folder, read_json
+from .strangers import TEMPLATES, check_folder, read_json
 
 log = logging.getLogger(__name__)
 
 # What travels with a checkpoint. Code, pickles and the source's own README do not.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja", "LICENSE*", "NOTICE*")
 CARD = "README.md"  # read for its licence
+# What is not fetched of the Hub: folders, but for that of templates; and the same weights once more
+NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
 
 IMAGES = "pixel_values"  # the name of an input, (images, channels, height, width)
 
@@ -80,6 +82,11 @@ class Blueprint:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type that a tensor is stored in, as far as is known."""
+        return self.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, as far as is known."""
         return self.config.dtype or torch.float32
 
     @property
@@ -236,7 +243,9 @@ def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path,
     except OSError as error:
         raise PrunePeakError(f"{name} cannot be opened ({error.strerror}).") from None
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        found = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*NOT_FETCHED])
+        )
     except HFValidationError:
         raise PrunePeakError(f"{name} is neither a folder nor a Hub id.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -80,24 +80,6 @@ class Stats:
         self.width = torch.zeros(neurons)  # of one bin; 0 where the neuron hardly moves
         self.common = torch.zeros(neurons)
 
-    def alike(self) -> "Stats":
-        """Empty statistics over the same edges, for another share of the tokens: the two can be merged."""
-        other = Stats(self.neurons, self.stride * HISTOGRAM_TOKENS)
-        for name in EDGES:
-            setattr(other, name, getattr(self, name))
-        return other
-
-    def merge(self, other: "Stats") -> None:
-        """Add what another one has counted.
-
-        Raises:
-            ValueError: the two do not have the same edges.
-        """
-        if not all(torch.equal(getattr(self, name), getattr(other, name)) for name in EDGES):
-            raise ValueError("statistics merge only over the same edges; begin the second with `alike`")
-        for name in COUNTS + SUMS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything, as tensors to save."""
         counts = torch.tensor([self.stride, *(getattr(self, name) for name in COUNTS)])

@@ -6,23 +6,25 @@ the activations), the power of the hidden states, and the moments of queries and
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration import DTYPES, Observed
+from .calibration import DTYPES, Observed, weigh
 from .checkpoint import TensorFile, stream_tensors
 from .errors import PrunePeakError
 from .evidence import Grams, Moments, Tape
+from .machine import Load
 from .sites import Site
 from .source import Source
 from .stats import Stats
 from .strangers import parse_json
-from .texts import Windows
+from .texts import SEQUENCE_LENGTH, Windows
 
 STATISTICS = "prune_peak_statistics"  # the key of the metadata that tells such a file
 OPTIONS = {"calibration": str, "samples": int, "sequence_length": int, "dtype": str, "seed": int}  # that it tells
@@ -61,6 +63,12 @@ class Statistics:
                 f"`prune-peak calibrate --gram`{instead}."
             )
 
+    def weigh(self, source: Source, sites: Sequence[Site], for_refit: bool) -> Load:
+        """What deciding by this puts on the machine: no text to sample, and no hidden states of the calibration."""
+        calibration, samples, length, dtype, seed = (self.options[name] for name in OPTIONS)
+        load = weigh(source, sites, calibration, samples, length or SEQUENCE_LENGTH, dtype, seed, for_refit)
+        return replace(load, is_measured=True, samples_text=False)
+
     def observed(self, site: Site) -> Observed:
         """What was seen of a site."""
         parts: dict[str, dict[str, Tensor]] = {}
@@ -71,9 +79,12 @@ class Statistics:
             stats = Stats.from_tensors(parts["stats"])
             if not self.has_products:
                 return Observed(site, stats)
-            gathered = Grams.from_tensors(parts["grams"]) if "grams" in parts else Tape.from_tensors(parts["tape"])
+            kind, of = (Grams, "grams") if "grams" in parts else (Tape, "tape")
+            gathered = kind.from_tensors(parts[of], site.neurons)
             power = parts["power"]["median"].item()
-            narrowed = tuple(Moments(**parts[name]) for name in site.narrowed)
+            if not 0 < power < math.inf:
+                raise ValueError(f"the power of the hidden states is {power}")
+            narrowed = tuple(Moments.from_tensors(parts[name], site.neurons) for name in site.narrowed)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise PrunePeakError(
                 f"{self._file.path} does not hold all of {site.name} ({error!r}). Calibrate it anew."
@@ -131,7 +142,8 @@ def load_statistics(path: Path, source: Source, sites: Sequence[Site]) -> Statis
     try:
         about = parse_json(file.metadata[STATISTICS])
         windows = Windows(about["text"], file.read("calibration")[""], file.read("held_out")[""])
-        model, options, has_products = about["model"], dict(about["options"]), bool(about["products"])
+        model, has_products = about["model"], bool(about["products"])
+        options = {name: about["options"][name] for name in OPTIONS}
         _check_windows(windows, source)
         if not all(options[name] is None or type(options[name]) is kind for name, kind in OPTIONS.items()):
             raise ValueError(f"options are {options}")

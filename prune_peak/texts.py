@@ -23,8 +23,7 @@ SAMPLES, SEQUENCE_LENGTH = 48, 512
 SELF = "self"
 PASSAGE = 128  # tokens of own text that are sampled in one go; short ones are more diverse, and faster
 PASSAGES = 64  # sampled at once
-LONGEST_TEXT = 64 * 2**20  # characters read of a file; far more than any calibration takes
-LONGEST_DATA_SET = 4 * 2**20  # characters read of a data set, from its start
+LONGEST_TEXT = 4 * 2**20  # characters read of a text, from its start: some two thousand windows of 512 tokens
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _read_data_set(name: str) -> list[str]:
         for row in rows:
             texts.append(row["text"])
             size += len(row["text"])
-            if size > LONGEST_DATA_SET:
+            if size > LONGEST_TEXT:
                 break
     except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
         raise PrunePeakError(
@@ -215,6 +214,12 @@ def own_text_cache(source: Source, count: int, length: int, seed: int) -> Path:
 
 def sample_own_text(source: Source, count: int, length: int, seed: int) -> Tensor:
     """Sample windows of a model's own text, (count, length)."""
+    if not source.blank.can_generate():
+        raise PrunePeakError(
+            f"{source.name} is a {source.model_class.__name__}, which generates no text; pass one with --calibration."
+        )
+    if length < 3:
+        raise UsageError(f"--sequence-length {length}: a window of the model's own text needs at least 3 tokens.")
     tokenizer = load_tokenizer(source)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
@@ -226,10 +231,6 @@ def sample_own_text(source: Source, count: int, length: int, seed: int) -> Tenso
         [token for token in range(min(len(tokenizer), source.config.vocab_size)) if token not in special]
     )
     model = source.model_class.from_pretrained(source.folder, dtype=source.dtype).eval()
-    if not model.can_generate():
-        raise PrunePeakError(
-            f"{source.name} is a {source.model_class.__name__}, which generates no text; pass one with --calibration."
-        )
     size = min(PASSAGE, length)
     each = math.ceil(length / size)
     # In place of the model's own settings: plain sampling of ordinary tokens, and so no EOS to stop at

@@ -288,7 +288,7 @@ class Whole:
     def run(self, batches: Sequence[Batch], teacher: Outputs | None = None) -> Outputs:
         """Prefill of every batch; then greedy decoding with a cache after the first, along the teacher's tokens."""
         with fast_products(), self.hooks.on(self.model) if self.hooks else nullcontext():
-            logits = {f"prefill {number}": _real(batch, self.model(**batch)) for number, batch in enumerate(batches)}
+            logits = _tell_prefills(batches, [self.model(**batch) for batch in batches])
             if not self.model.can_generate():
                 return Outputs(logits)
             cache = DynamicCache(config=self.model.config)
@@ -311,8 +311,17 @@ def _stream(source: Source, batches: Sequence[Batch], dtype: torch.dtype, hooks:
                 pass
     with hooks.on(stream.model, stream.blocks) if hooks else nullcontext():
         outputs = list(stream.outputs())
-    pairs = enumerate(zip(batches, outputs, strict=True))
-    return Outputs({f"prefill {number}": _real(batch, output) for number, (batch, output) in pairs})
+    return Outputs(_tell_prefills(batches, outputs))
+
+
+def _tell_prefills(batches: Sequence[Batch], outputs: Sequence[Any]) -> dict[str, Tensor]:
+    """What a model answers to every batch; also what it pools, where that comes after what it answers first."""
+    told = {}
+    for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
+        told[f"prefill {number}"] = _real(batch, output)
+        if getattr(output, "pooler_output", None) is not None:
+            told[f"pooled {number}"] = output.pooler_output.float()
+    return told
 
 
 def _real(batch: Batch, output: Any) -> Tensor:

@@ -50,6 +50,7 @@ from prune_peak.compression import compress
 from prune_peak.errors import PrunePeakError
 from prune_peak.images import choose_images
 from prune_peak.inspection import inspect
+from prune_peak.planning import Rules, choose
 from prune_peak.sites import find_sites
 from prune_peak.source import Source, open_source
 from prune_peak.stats_file import load_statistics
@@ -171,9 +172,13 @@ def read_checkpoint(folder: Path) -> None:
 def read_statistics(folder: Path) -> None:
     source = _opened(folder, "model")
     sites = find_sites(source.blank, source.family, ("mlp",))
-    statistics = load_statistics(folder / "model.stats", source, sites)
-    for site in sites:
-        statistics.observed(site).stats.summarize()
+    for name in ("model", "gram", "tape"):
+        statistics = load_statistics(folder / f"{name}.stats", source, sites)
+        for site in sites:
+            observed = statistics.observed(site)
+            observed.stats.summarize()
+            if observed.gathered is not None:
+                choose(source, observed, site.neurons // 2, Rules())
 
 
 def read_written(folder: Path) -> None:
@@ -239,7 +244,7 @@ def read_options(folder: Path) -> None:
 
 PARSERS = {
     "checkpoint": Parser(read_checkpoint, ("model/*", "sharded/*", "legacy/*", "vit/*")),
-    "statistics": Parser(read_statistics, ("model.stats",)),
+    "statistics": Parser(read_statistics, ("model.stats", "gram.stats", "tape.stats")),
     "recipe": Parser(read_written, ("cut/prune_peak*", "cut/config.json")),
     "progress": Parser(read_progress, ("stopped.partial/*.json", "stopped.partial/*.safetensors")),
     "text": Parser(read_text, ("text.*",)),

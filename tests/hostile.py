@@ -265,6 +265,12 @@ CUT_VIT = ("compress", "--model", "{}/vit", "--ratio", "0.3", "--calibration", "
 CUT_JSONL = ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "{}/text.jsonl", *SHORT)
 CUT_STATS = ("compress", "--model", "{}/model", "--ratio", "0.3", "--stats", "{}/model.stats", "--no-refit")
 CUT_STATS = (*CUT_STATS, "--output", "{}/out", "-q")
+
+
+def refitting(stats: str) -> tuple[str, ...]:
+    return ("compress", "--model", "{}/model", "--ratio", "0.3", "--stats", f"{{}}/{stats}", "--output", "{}/out", "-q")
+
+
 GO_ON = ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "{}/text.txt", *SHORT[:-3])
 GO_ON = (*GO_ON, "--output", "{}/stopped", "-q")
 VERIFY = ("verify", "{}/cut", "--model", "{}/model", "-q")
@@ -687,6 +693,46 @@ STATS = {
     "windows gone": (tensors(S, lambda held: held.pop("held_out")), NO_STATS),
 }
 
+GRAMS, TAPES = "gram.stats", "tape.stats"
+PRODUCTS, ROWS = f"{SITE}/grams/fitted/", f"{SITE}/tape/"
+
+
+def field(file: str, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return tensors(file, lambda held: held.update({name: edit(held[name])}))
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone().view(-1).index_fill_(0, torch.tensor(0), float("nan")).view(tensor.shape)
+
+
+GRAM = {
+    "a product not a number": (field(GRAMS, f"{PRODUCTS}products", nan), NOT_ALL),
+    "products too few": (field(GRAMS, f"{PRODUCTS}products", lambda values: values[:-1]), NOT_ALL),
+    "products of whole numbers": (field(GRAMS, f"{PRODUCTS}products", lambda values: values.long()), NOT_ALL),
+    "products that cannot be": (field(GRAMS, f"{PRODUCTS}products", lambda values: -values), "makes no sense"),
+    "a sum of products not a number": (field(GRAMS, f"{PRODUCTS}sum", nan), NOT_ALL),
+    "a short sum of products": (field(GRAMS, f"{PRODUCTS}sum", lambda values: values[:-1]), NOT_ALL),
+    "a pivot of 10^7": (field(GRAMS, f"{PRODUCTS}pivot", lambda values: torch.zeros(10**7)), NOT_ALL),
+    "products of no tokens": (field(GRAMS, f"{PRODUCTS}count", torch.zeros_like), NOT_ALL),
+    "products of tokens of words": (field(GRAMS, f"{PRODUCTS}count", lambda count: count[None].repeat(2)), NOT_ALL),
+    "power not a number": (field(GRAMS, f"{SITE}/power/median", nan), NOT_ALL),
+    "power 0": (field(GRAMS, f"{SITE}/power/median", torch.zeros_like), NOT_ALL),
+    "products gone": (tensors(GRAMS, lambda held: held.pop(f"{PRODUCTS}products")), NOT_ALL),
+}
+TAPE = {
+    "a row not a number": (field(TAPES, f"{ROWS}rows", nan), NOT_ALL),
+    "rows of whole numbers": (field(TAPES, f"{ROWS}rows", lambda rows: rows.long()), NOT_ALL),
+    "rows of fewer neurons": (field(TAPES, f"{ROWS}rows", lambda rows: rows[:, 1:]), NOT_ALL),
+    "rows of one axis": (field(TAPES, f"{ROWS}rows", lambda rows: rows.flatten()), NOT_ALL),
+    "no rows": (field(TAPES, f"{ROWS}rows", lambda rows: rows[:0]), NOT_ALL),
+    "batches of more rows": (field(TAPES, f"{ROWS}batches", lambda batches: batches + 1), NOT_ALL),
+    "batches of fewer than none": (
+        field(TAPES, f"{ROWS}batches", lambda batches: torch.cat([-batches, 2 * batches])),
+        NOT_ALL,
+    ),
+    "no batches": (field(TAPES, f"{ROWS}batches", lambda batches: batches[:0]), NOT_ALL),
+}
+
 R, N = "cut/prune_peak.json", "cut/prune_peak_plan.safetensors"
 NO_RECIPE, NO_FIT = "is not a folder that prune-peak wrote", "does not fit"
 KEEP, FILL = f"{SITE}.keep", f"{SITE}.fill"
@@ -768,6 +814,8 @@ KINDS = {
     "jsonl": Kind(("model", "text.jsonl"), CUT_JSONL, JSONL),
     "images": Kind(("vit", "images"), CUT_VIT, IMAGES),
     "stats": Kind(("model", "model.stats"), CUT_STATS, STATS),
+    "gram": Kind(("model", GRAMS), refitting(GRAMS), GRAM),
+    "tape": Kind(("model", TAPES), refitting(TAPES), TAPE),
     "plan": Kind(("cut", "model", "model.stats"), VERIFY, PLAN),
     "stopped run": Kind(("stopped.partial", "model", "text.txt"), GO_ON, PROGRESS),
     "gguf": Kind(("cut",), ("export-gguf", "{}/cut", "{}/out.gguf", "-q"), GGUF),
@@ -830,7 +878,11 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
     "output of a long name": ((*BARE, "--ratio", "0.3", "--output", "x" * 5000), "File name too long", 1),
     "output in the place of a file": ((*BARE, "--ratio", "0.3", "--output", "{}/text.txt"), "text.txt is a file", 1),
     "output below a file": ((*BARE, "--ratio", "0.3", "--output", "{}/text.txt/out"), "cannot be written", 1),
-    "output in the place of the model": ((*BARE, "--ratio", "0.3", "--output", "{}/model"), "exists; pass --force", 1),
+    "output in the place of the model": (
+        (*BARE, "--ratio", "0.3", "--output", "{}/model"),
+        "is where the model itself lies",
+        2,
+    ),
     "neuron of words": (
         ("analyze", "--model", "{}/model", "--text", "{}/text.txt", "--neuron", "a:b:c", "--output", "{}/out", "-q"),
         "expected KIND:BLOCK:NEURON",

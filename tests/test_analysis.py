@@ -128,6 +128,10 @@ def test_bad_input_is_refused(text: Path, tmp_path: Path) -> None:
         analyze(LLAMA, tmp_path / "out", texts=[str(text), str(text)], samples=2, sequence_length=32)
     with pytest.raises(UsageError, match="--samples 0"):
         analyze(LLAMA, tmp_path / "out", samples=0)
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:420])
+    with pytest.raises(PrunePeakError, match=r"short\.txt.* too short"):
+        analyze(LLAMA, tmp_path / "out", texts=[str(text), str(short)], samples=2, sequence_length=64)
     with pytest.raises(PrunePeakError, match="is not a readable UTF-8 text"):
         analyze(LLAMA, tmp_path / "out", texts=[str(tmp_path / "none.txt")])
     assert not (tmp_path / "out").exists()

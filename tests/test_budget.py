@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import EXAMPLES
 from test_compress import run
+from tiny import BY_NAME
 
 import prune_peak
 from prune_peak.budget import Budget, count_parameters
@@ -46,12 +48,26 @@ def test_bytes_are_parameters_of_the_files_type() -> None:
     assert inspect(MINI, target_bytes=int(0.8 * dense.bytes)).sites == inspect(MINI, target_params=0.8).sites
 
 
+@pytest.mark.parametrize("told", [None, "float32"])
+def test_bytes_are_those_of_the_files_whatever_the_config_says(told: str | None, tmp_path: Path) -> None:
+    BY_NAME["llama-tied"].save(tmp_path, torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": told}))
+    source = open_source(str(tmp_path))
+    sites = find_sites(source.blank, source.family)
+    [kept] = Budget(target_bytes=int(0.9 * source.size)).splits(source, sites)
+    assert kept == Budget(target_params=0.9).splits(source, sites)[0]
+    after = count_parameters(choose_target(source, sites, kept, source.dtype).blank) * source.dtype.itemsize
+    assert 0.8 * source.size < after <= 0.9 * source.size
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
         ({"target_params": 0.9999}, None),
         ({"target_params": 0.1}, "the target cannot be reached: with one unit left at every site"),
         ({"target_bytes": 10**9}, "is within the target already"),
+        ({"target_params": 0.8, "multiple_of": 4096}, "multiples of 4096 of 384 neurons would keep none"),
     ],
 )
 def test_targets_out_of_reach_are_refused(asked: dict[str, float], words: str | None) -> None:

@@ -14,7 +14,6 @@ from test_compress import compress, digests, run
 from prune_peak.checkpoint import TensorFile, stream_tensors
 from prune_peak.errors import PrunePeakError
 from prune_peak.source import open_source
-from prune_peak.stats import Stats
 from prune_peak.texts import load_tokenizer, own_windows, read_texts, special_tokens, tokenize_text
 
 
@@ -96,6 +95,22 @@ def test_a_file_that_lacks_a_part_is_refused(tmp_path: Path, text: Path) -> None
     assert not (tmp_path / "cut.partial").exists()
 
 
+def test_a_file_says_nothing_but_what_was_calibrated(tmp_path: Path, text: Path) -> None:
+    """Options that belong to `compress` stay its own, whatever a file of statistics claims."""
+    stats, model = tmp_path / "kept.stats", EXAMPLES / "llama-mini"
+    words = ("--output", stats, "--calibration", text, "--samples", 4, "-q")
+    assert run("calibrate", "--model", model, *words).exit_code == 0
+    with safe_open(stats, framework="pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["prune_peak_statistics"])
+    about["options"] |= {"refit": True, "x; rm y #": 1}
+    save_file(load_file(stats), stats, metadata | {"prune_peak_statistics": json.dumps(about)})
+    assert compress(model, tmp_path / "cut", text, "--stats", stats).exit_code == 0
+    options = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())["options"]
+    assert options["refit"] is False
+    assert "x; rm y #" not in options
+
+
 def test_a_disk_that_is_full_leaves_no_file_of_statistics(tmp_path: Path) -> None:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         yield "first", torch.ones(3, dtype=torch.bfloat16)
@@ -149,35 +164,6 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path: Path, text: Path) -
     assert not (tmp_path / "cut").exists()
 
 
-def test_merged_shards_give_the_same_counts() -> None:
-    values = torch.randn(6, 1024, 16)
-    whole = Stats(16, 6 * 1024)
-    for part in values:
-        whole.add(part)
-    first = Stats(16, 6 * 1024)
-    first.add(values[0])
-    second = first.alike()
-    for part in values[1:3]:
-        first.add(part)
-    for part in values[3:]:
-        second.add(part)
-    restored = Stats.from_tensors(second.to_tensors())
-    first.merge(restored)
-    for name in ("histogram", "repeats"):
-        assert torch.equal(getattr(first, name), getattr(whole, name))
-    assert (first.count, first.sampled) == (whole.count, whole.sampled)
-    assert torch.allclose(first.sum, whole.sum, rtol=1e-12)
-    assert torch.equal(first.summarize().peak, whole.summarize().peak)
-
-
-def test_other_edges_do_not_merge() -> None:
-    first, second = Stats(4, 100), Stats(4, 100)
-    first.add(torch.randn(100, 4))
-    second.add(torch.randn(100, 4))
-    with pytest.raises(ValueError, match="same edges"):
-        first.merge(second)
-
-
 def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "one two"}\n{"text": "three", "other": 1}\n')
@@ -226,6 +212,13 @@ def test_own_text_is_passages_of_ordinary_tokens(monkeypatch: pytest.MonkeyPatch
     starts[[0, 8, 16]] = True
     assert bool((windows[:, starts] == 0).all())  # BOS
     assert bool((windows[:, ~starts] > 1).all())  # neither BOS nor EOS
+
+
+def test_what_cannot_write_is_asked_for_a_text(tmp_path: Path) -> None:
+    with pytest.raises(PrunePeakError, match="a RobertaForMaskedLM, which generates no text"):
+        own_windows(open_source(str(EXAMPLES / "roberta-mini")), 2, 16, seed=0)
+    with pytest.raises(PrunePeakError, match="at least 3 tokens"):
+        own_windows(open_source(str(EXAMPLES / "llama-mini")), 2, 2, seed=0)
 
 
 def test_own_text_begins_with_bos_and_an_ordinary_token() -> None:

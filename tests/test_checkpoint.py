@@ -65,6 +65,16 @@ def test_what_vanishes_while_it_is_read_ahead_is_left_alone(tmp_path: Path) -> N
     _read_through(tmp_path, {"a": path.name})
 
 
+def test_a_file_that_cannot_be_mapped_is_read_once(tmp_path: Path) -> None:
+    """Files from before torch 1.6: letting go of mapped ones must not read these again."""
+    state = {"a": torch.ones(3), "b": torch.zeros(2)}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    checkpoint = Checkpoint(tmp_path)
+    first = checkpoint.read("a")
+    checkpoint.release()
+    assert checkpoint.read("a").data_ptr() == first.data_ptr()
+
+
 def test_a_tensor_left_out_is_an_error(tmp_path: Path) -> None:
     with Writer(tmp_path, {"a": ((1,), torch.float32)}) as writer, pytest.raises(ValueError, match="never written"):
         writer.finish()

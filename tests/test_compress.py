@@ -281,9 +281,35 @@ def test_an_output_that_exists_is_not_touched(tmp_path: Path, text: Path) -> Non
     output.mkdir()
     (output / "precious").touch()
     assert "--force" in compress(EXAMPLES / "opt-mini", output, text, "--samples", 4).stderr
+    refused = compress(EXAMPLES / "opt-mini", output, text, "--samples", 4, "--force")
+    assert "something else than a result of prune-peak" in refused.stderr
     assert (output / "precious").exists()
+    (output / "precious").rename(output / "prune_peak.json")  # what an earlier result has
     assert compress(EXAMPLES / "opt-mini", output, text, "--samples", 4, "--force").exit_code == 0
-    assert not (output / "precious").exists()
+    assert json.loads((output / "prune_peak.json").read_text())["host"] == "OPTForCausalLM"
+
+
+def test_the_model_is_not_its_own_output(tmp_path: Path, text: Path) -> None:
+    source = tmp_path / "models" / "source"
+    shutil.copytree(EXAMPLES / "opt-mini", source)
+    before = digests(source)
+    for output in (source, source.parent):
+        refused = compress(source, output, text, "--samples", 4, "--force")
+        assert refused.exit_code == 2
+        assert "is where the model itself lies" in refused.stderr
+    assert digests(source) == before
+
+
+@pytest.mark.parametrize("output", [".", "/"])
+def test_an_output_without_a_name_is_refused(
+    output: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = compress(EXAMPLES / "opt-mini", Path(output), text, "--samples", 4, "--force")
+    assert refused.exit_code == 2
+    assert f"--output {output}" in refused.stderr
+    made = run("calibrate", "--model", EXAMPLES / "opt-mini", "--output", output, "--force")
+    assert "is a folder; expected a file" in made.stderr
 
 
 def test_a_mistral_with_a_window_is_written_as_smollm3(tmp_path: Path, text: Path) -> None:
@@ -333,9 +359,13 @@ def test_the_chat_template_travels(tmp_path: Path, text: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(EXAMPLES / "llama-mini", source)
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "loud.jinja").write_text("{{ messages[0].content | upper }}")
     assert compress(source, tmp_path / "cut", text, "--samples", 4).exit_code == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cut")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+    loud = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False, chat_template="loud")
+    assert loud == "HELLO"
 
 
 @pytest.mark.parametrize(("name", "head"), [("llama-tied", "Model"), ("llama-tied", "ForSequenceClassification")])

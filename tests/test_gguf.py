@@ -242,6 +242,7 @@ def test_files_that_are_there_and_a_missing_extra(tmp_path: Path, monkeypatch: p
     assert "exists; pass --force" in there.stderr
     assert (tmp_path / "model.gguf").read_text() == "mine"
     assert run(EXAMPLES / "llama-mini", tmp_path / "model.gguf", "--force").exit_code == 0
+    assert "is a folder; expected a file" in run(EXAMPLES / "llama-mini", ".", "--force").stderr
     monkeypatch.setitem(sys.modules, "gguf", None)
     missing = run(EXAMPLES / "llama-mini", tmp_path / "other.gguf")
     assert missing.exit_code == 1

@@ -9,7 +9,7 @@ import transformers
 from click.testing import CliRunner
 from conftest import EXAMPLES
 from test_law import KEPT, cut_tiny
-from tiny import TINY, Tiny
+from tiny import BY_NAME, TINY, Tiny
 
 from prune_peak.cli import main
 from prune_peak.families import FAMILIES
@@ -112,6 +112,23 @@ def test_the_command_names_cut_host_constants_and_engines(tiny: Tiny, tmp_path: 
 
 def test_engines_are_named_for_classes_that_are_written() -> None:
     assert set(ENGINES) <= set(FAMILIES)
+
+
+def test_what_has_one_unit_is_left_whole(tmp_path: Path) -> None:
+    """All heads share one group of keys and values, which cannot leave."""
+    inspection = inspect(str(BY_NAME["llama-one-group"].save(tmp_path)), unit="group")
+    assert [site.kind for site in inspection.sites if not site.in_place] == ["mlp"]
+    assert "then none is left" in inspection.whole["attention"]
+
+
+def test_a_dry_run_asks_of_statistics_what_the_run_will(tmp_path: Path, text: Path) -> None:
+    model, stats = EXAMPLES / "llama-mini", tmp_path / "plain.stats"
+    made = ["calibrate", "--model", str(model), "--output", str(stats), "--calibration", str(text), "--samples", "4"]
+    assert CliRunner().invoke(main, [*made, "-q"]).exit_code == 0
+    words = ["compress", "--model", str(model), "--ratio", "0.3", "--no-refit", "--stats", str(stats), "--dry-run"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    refused = CliRunner().invoke(main, [*words, "--fill", "auto"])
+    assert "holds no products of neurons, needed for --fill auto" in refused.stderr
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

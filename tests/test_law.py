@@ -102,7 +102,9 @@ def outputs(model: PreTrainedModel, teacher: torch.Tensor | None = None) -> Outp
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "pixel_values":
         torch.manual_seed(1)
-        return Outputs({"prefill": model(**random_inputs(model, 2))[0]})
+        seen = model(**random_inputs(model, 2))
+        pooled = getattr(seen, "pooler_output", None)
+        return Outputs({"prefill": seen[0]} | ({} if pooled is None else {"pooled": pooled}))
     tokens = torch.randint(3, VOCABULARY, (2, 48), generator=generator)
     mask = torch.ones_like(tokens)
     mask[1, :11] = 0

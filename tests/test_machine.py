@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prune_peak.errors import PrunePeakError
 from prune_peak.machine import BASE_MEMORY, Load, Machine, plan_machine
 from prune_peak.sites import find_sites
 from prune_peak.source import Source, open_source
+from prune_peak.stats_file import load_statistics
 
 MINI = EXAMPLES / "llama-mini"
 LARGE = [tiny for tiny in TINY if tiny.name in ("llama", "gpt2", "vit", "bert", "falcon", "gemma3", "opt", "deberta")]
@@ -124,6 +126,26 @@ def test_the_dry_run_tells_what_is_planned(text: Path) -> None:
     answer = json.loads(run(*words, "--max-memory", "2GB").stdout)
     assert BASE_MEMORY < answer["memory"] <= 2 * 10**9
     assert run(*words, "--max-memory", "100MB").exit_code == 1
+
+
+def test_statistics_from_a_file_are_solved_in_memory_too(tmp_path: Path, text: Path) -> None:
+    """Their products are as large as measured ones; hidden states there are none, and no text to sample."""
+    plans = {}
+    for samples in (2, 40):  # fewer tokens than neurons, and more
+        path = tmp_path / f"{samples}.stats"
+        words = ("--output", path, "--samples", samples, "--gram", "-q")
+        assert run("calibrate", "--model", MINI, *words, "--calibration", text).exit_code == 0
+        told = run("compress", "--model", MINI, "--ratio", 0.3, "--stats", path, "--dry-run", "--json", "-q")
+        plans[samples] = json.loads(told.stdout)["memory"]
+    source = open_source(str(MINI))
+    sites = find_sites(source.blank, source.family)
+    asked = load_statistics(tmp_path / "40.stats", source, sites).weigh(source, sites, for_refit=True)
+    assert (asked.tokens, asked.is_measured, asked.samples_text) == (40 * 128, True, False)
+    spilling = replace(asked, is_measured=False)
+    assert machine._most_resident(source, asked, 128, False) == machine._most_resident(source, spilling, 128, True)
+    neurons = sites[0].neurons
+    assert machine._most_resident(source, asked, 128, False) >= BASE_MEMORY + 40 * neurons**2
+    assert plans[40] >= plans[2] > BASE_MEMORY
 
 
 def test_planned_by_default(mini: Source) -> None:

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -37,6 +38,19 @@ def test_python(
     assert printed[2].split() == ["0.29166666666666663", "True"]
     assert printed[3].startswith("Difference(mean=")
     assert (tmp_path / "smaller.gguf").is_file()
+
+
+def test_what_the_package_offers_is_there() -> None:
+    for name in prune_peak.__all__:
+        assert getattr(prune_peak, name).__name__ == name
+
+
+def test_the_study_holds_neurons_of_ones_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "study.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(EXAMPLES.parent)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert 0 < (names["held"] - names["intact"]).abs().max() < names["intact"].abs().max()
 
 
 def test_commands_are_ones_that_there_are() -> None:

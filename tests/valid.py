@@ -55,6 +55,9 @@ def make_all(folder: Path) -> Path:
     (folder / "text.jsonl").write_text("\n".join(rows) + "\n")
     prune_peak.compress(str(model), output=folder / "cut", calibration=str(text), **BUDGET)
     save_statistics(str(model), folder / "model.stats", calibration=str(text), samples=2, sequence_length=32)
+    words = {"calibration": str(text), "samples": 8, "sequence_length": 32}
+    save_statistics(str(model), folder / "gram.stats", gram=True, **words)
+    save_statistics(str(model), folder / "tape.stats", gram=True, **words | {"samples": 1})
     leave_partial(model, text, folder / "stopped")
     return folder
 
