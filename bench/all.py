@@ -3,8 +3,8 @@
 Each script runs in a process of its own, one after the other, with nothing else on the machine. What they print is
 kept in `bench-output/NAME.json`, beside the machine and the versions in `bench-output/machine.json`. The models are
 SmolLM2 (`bench/smollm2.py`, which fetches a package) and a random Llama of 1.3 billion parameters, the text the help
-topics of Python: none of it changes what is measured here. `evaluate --latency` and `bench/curve.py`, which measure what
-a cut and more calibration buy, are run apart, on a text.
+topics of Python: none of it changes what is measured here. What a cut and more calibration buy is measured apart, on a
+text (`prune-peak evaluate --latency`, `bench/curve.py`).
 """
 
 import json

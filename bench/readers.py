@@ -129,7 +129,7 @@ INTRODUCTION = """# Who reads what is written
 The largest difference between the logits of older releases of transformers and those of the newest, as a share of the
 largest logit, over all tiny configs of the tests, cut in the MLP or in attention (float32, eager attention, 48 tokens;
 bound {bound:.0e}). A release refuses a class that it does not have, or a shape that it cannot hold; it misses tensors
-where it calls them by other names, and says so. Made by `make readers`.
+where it calls them by other names, and says so. `make readers` prints it.
 """
 
 

@@ -13,7 +13,7 @@ def main(folder: str, prompt: str = "The function is called") -> tuple[str, floa
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     batch = tokenizer(prompt, return_tensors="pt")
     plain = model(**batch).logits
-    quantize_(model.model, Int8WeightOnlyConfig())
+    quantize_(model.base_model, Int8WeightOnlyConfig())
     distance = ((model(**batch).logits - plain).abs().max() / plain.abs().max()).item()
     tokens = model.generate(**batch, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(tokens[0]), distance

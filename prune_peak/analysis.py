@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .calibration import DTYPES, default_dtype, into_batches
 from .cells import INTACT, Cell
-from .curves import is_carried, mean_and_error
+from .curves import is_significant, mean_and_error
 from .distributions import REST, Distribution, Move, Neuron, compare, describe, find_striking, measure_distributions
 from .errors import PrunePeakError, UsageError
 from .evaluation import has_exam, set_exam
@@ -233,7 +233,7 @@ def _cross(
                 "cross_entropy_gained_stderr": error,
                 "more_than_mean": against,
                 "more_than_mean_stderr": against_error,
-                "carried": is_carried(against, against_error) if fill != "mean" else False,
+                "significant": is_significant(against, against_error) if fill != "mean" else False,
             }
         )
     return rows
@@ -303,7 +303,7 @@ def _report(
         words = (
             f"{CROSS_FRACTION:.0%} of the neurons of one kind of site, chosen at random ({SEEDS} seeds), held at what "
             "one text says while the model reads another: cross-entropy gained, in nats, and how much more that is "
-            "than with the mean; carried: by more than three standard errors."
+            "than with the mean; significant: by more than three standard errors."
         )
         sections.append(Section("Calibrated on one text, evaluated on another", words, rows=analysis.cross))
     write_report(folder / "report.html", f"How the neurons of {protocol['model']} are distributed", sections)

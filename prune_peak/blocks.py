@@ -305,12 +305,12 @@ class BlockStream:
         """The module's parameters, read on entry and back on `meta` on exit; its buffers on the device meanwhile."""
         blank = _parameters(module, prefix)
         for name, owner, leaf, _ in blank:
-            tensor = self.source.read(name)
-            if tensor.is_floating_point():
-                tensor = tensor.to(self.dtype)
+            read = self.source.read(name)
+            dtype = self.dtype if read.is_floating_point() else read.dtype
             is_factor = type(owner) in FACTORS and leaf == "weight" and device == CPU
-            # a copy, for its alignment: kernels round differently on memory that is mapped at an odd offset
-            tensor = tensor.to(factor_type(tensor.dtype) if is_factor else tensor.dtype, copy=True)
+            tensor = read.to(dtype)
+            # always a copy, for its alignment: kernels round differently on memory that is mapped at an odd offset
+            tensor = tensor.to(factor_type(dtype) if is_factor else dtype, copy=tensor is read)
             owner._parameters[leaf] = nn.Parameter(_to_device(tensor, device), requires_grad=False)
         self.source.checkpoint.release()
         _move_buffers(module, device)

@@ -17,7 +17,7 @@ from .evaluation import Grades
 
 CROSS_ENTROPY, TOP1 = "cross_entropy", "top1"
 METRICS = (CROSS_ENTROPY, TOP1)
-CARRIED = 3.0  # standard errors that a difference must exceed before an order is claimed; there are many pairs
+SIGNIFICANT = 3.0  # standard errors that a difference must exceed before an order is claimed; there are many pairs
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,6 @@ def compare_areas(curves: Sequence[Curve]) -> list[tuple[Curve, Curve, float, fl
     return [(a, b, *mean_and_error(b.areas() - a.areas())) for a, b in pairs]
 
 
-def is_carried(difference: float, error: float | None) -> bool:
+def is_significant(difference: float, error: float | None) -> bool:
     """Whether a difference is large enough, for its error, to claim an order."""
-    return error is not None and abs(difference) > CARRIED * error
+    return error is not None and abs(difference) > SIGNIFICANT * error

@@ -108,26 +108,17 @@ def inspect(
         >>> [(site.kind, site.neurons, site.kept) for site in inspection.sites]
         [('mlp', 384, 192), ('attention', 128, 128)]
     """
-    blueprint = open_blueprint(model, revision)
-    return _inspect(blueprint, ratio, target_params, target_bytes, sites, unit, keep_shape, multiple_of, host)
-
-
-def _inspect(
-    blueprint: Blueprint,
-    ratio: Ratio | None,
-    target_params: float | None,
-    target_bytes: int | None,
-    sites: Sequence[str] | None,
-    unit: str,
-    keep_shape: bool,
-    multiple_of: int | None,
-    host: str,
-) -> Inspection:
-    dtype = blueprint.dtype
     if target_params is None and target_bytes is None and ratio is None:
         ratio = RATIO
     budget = Budget(ratio, target_params, target_bytes, keep_shape)
-    cut = find_sites(blueprint.blank, blueprint.family, budget.kinds(sites), unit, keep_shape)
+    return _inspect(open_blueprint(model, revision), budget, sites, unit, multiple_of, host)
+
+
+def _inspect(
+    blueprint: Blueprint, budget: Budget, kinds: Sequence[str] | None, unit: str, multiple_of: int | None, host: str
+) -> Inspection:
+    dtype = blueprint.dtype
+    cut = find_sites(blueprint.blank, blueprint.family, budget.kinds(kinds), unit, budget.keep_shape)
     first = {site.kind: site for site in cut}
     splits = budget.splits(blueprint, cut, multiple_of, host)
     kept = min(splits, key=lambda widths: max(1 - width / first[kind].neurons for kind, width in widths.items()))
@@ -136,7 +127,7 @@ def _inspect(
     cuttable: list[Cuttable] = []
     whole: dict[str, str] = {}
     for kind in KINDS:
-        for in_place in (True,) if keep_shape else (False, True):
+        for in_place in (True,) if budget.keep_shape else (False, True):
             try:
                 cuttable.append(_inspect_kind(blueprint, kind, kept.get(kind), unit, in_place, multiple_of, host))
                 break
@@ -229,7 +220,8 @@ def estimate(
         PrunePeakError: what `compress` would refuse of the model, or of the memory.
     """
     source = open_source(model, revision)
-    inspection = _inspect(source, ratio, target_params, target_bytes, sites, unit, keep_shape, multiple_of, host)
+    budget = Budget(ratio, target_params, target_bytes, keep_shape)
+    inspection = _inspect(source, budget, sites, unit, multiple_of, host)
     kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
     cut = find_sites(source.blank, source.family, kinds, unit, keep_shape)
     rules = Rules(fill, ELIMINATION if refit else DEVIATION, refit, seed)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 PROCESSOR = "cpu"
 BATCH_TOKENS = 4096  # tokens that run through a block at once
-BASE_MEMORY = 500_000_000  # bytes of a process that has imported torch and transformers
+BASE_MEMORY = 600_000_000  # bytes of a process that has imported torch and transformers, and drawn a picture
 MACHINE_SHARE = 0.8  # of the machine's memory is the budget where none is given
 WHOLE_SIZE = 600_000_000  # bytes of weights up to which verification holds models whole, in float32
 PROBED_TOKENS = 1400  # whose logits it holds then
@@ -130,7 +130,7 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
     hidden, neurons = int(config.hidden_size), max(site.neurons for site in load.sites)
     stored = source.dtype.itemsize
     block = sum(parameter.numel() for parameter in find_blocks(source.blank, source.family)[0].parameters())
-    ends = [tensor.numel() for name, tensor in source.blank.state_dict().items() if _is_outside(source, name)]
+    ends = sum(tensor.numel() for name, tensor in source.blank.state_dict().items() if _is_outside(source, name))
     factor = factor_type(load.dtype).itemsize
     wide = factor if factor > width else 0  # copies of factors
     weights = block * factor
@@ -145,15 +145,14 @@ def _most_resident(source: Source, load: Load, batch_tokens: int, spills: bool) 
         gathered = 8 * neurons**2
         solving = 32 * neurons**2
     vocabulary = int(getattr(config, "vocab_size", 0))
-    widest = max(ends, default=0)
     held = states + measured + gathered
     phases: tuple[int, ...] = (
         weights + block * stored,  # while they are read
         weights + held + batch,
         held + solving,
         held + 2 * block * stored + 8 * neurons * hidden,  # while it is written
-        sum(ends) * width + widest * (stored + wide) + 12 * load.length * vocabulary,  # the head, at an exam
-        sum(ends) * 4 + widest * stored + 12 * STREAMED_TOKENS * vocabulary,  # the same in float32, at the verification
+        ends * (stored + max(width, wide)) + 12 * load.length * vocabulary,  # the head, at an exam
+        ends * (stored + 4) + 12 * STREAMED_TOKENS * vocabulary,  # the same in float32, at the verification
     )
     return BASE_MEMORY + max(phases)
 

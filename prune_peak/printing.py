@@ -148,17 +148,17 @@ def _change(before: int, after: int) -> str:
 
 
 def print_study(study: "Study") -> None:
-    """What `ablate` found: areas under the curves, and the orders that their errors carry."""
+    """What `ablate` found: areas under the curves, and the differences that are significant."""
     protocol = study.protocol
     for metric, unit in (("cross_entropy", "nats of cross-entropy gained"), ("top1", "share of top-1 accuracy lost")):
         areas = [row for row in study.areas if row["metric"] == metric]
         click.echo(f"Area under the curve, {unit}:")
         click.echo(_table([("site", "fill", "area", "stderr"), *map(_area_cells, areas)]) + "\n")
-    click.echo("Orders that the errors carry, by cross-entropy (three standard errors of the difference):")
-    carried = [_order(row) for row in study.comparisons if row["carried"] and row["metric"] == "cross_entropy"]
-    for site, better in dict.fromkeys((site, better) for site, better, _ in carried):
-        click.echo(f"  {site}: {better} below {', '.join(w for s, b, w in carried if (s, b) == (site, better))}")
-    if not carried:
+    click.echo("Significant differences of cross-entropy (more than three standard errors):")
+    significant = [_order(row) for row in study.comparisons if row["significant"] and row["metric"] == "cross_entropy"]
+    for site, better in dict.fromkeys((site, better) for site, better, _ in significant):
+        click.echo(f"  {site}: {better} below {', '.join(w for s, b, w in significant if (s, b) == (site, better))}")
+    if not significant:
         click.echo("  none")
     length = protocol["sequence_length"]
     windows = f"{protocol['windows']} {f'windows of {length} tokens' if length else 'images'} of {protocol['text']}"

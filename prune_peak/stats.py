@@ -28,6 +28,7 @@ POINT_MASS = 0.1  # a value that this share of the tokens has exactly is the pea
 HISTOGRAM_TOKENS = 8192  # enough for the stated error; more buys little
 FINER, SIGNIFICANT = 4, 5.0  # halvings of the smoothing width, each taken if the top rises by so many standard errors
 CHUNK = 512  # tokens at a time, so that a chunk stays in the processor's cache
+SORTED_AT_ONCE = 256  # neurons, for the same reason
 
 # The fields of `Stats`: numbers that add up, tensors that add up, and what must be the same for that
 COUNTS = ("count", "sampled")
@@ -132,19 +133,10 @@ class Stats:
             self._add_chunk(chunk.float())
 
     def _fix_edges(self, values: Tensor) -> None:
-        first = values[:: max(1, len(values) // PILOT)].float().T.contiguous()
-        ordered = torch.from_numpy(numpy.sort(first.numpy(), axis=1))  # eight times as fast as torch's
-        last = ordered.shape[1] - 1
-        low, quarter, middle, three, high = (
-            ordered[:, round(last * at)] for at in (RANGE[0], 0.25, 0.5, 0.75, RANGE[1])
-        )
-        reach = REACH * (three - quarter)
-        reach[reach == 0] = torch.inf  # most tokens are alike, as after ReLU
-        low, high = torch.maximum(low, quarter - reach), torch.minimum(high, three + reach)
-        self.pivot = middle.contiguous()  # every token is compared with it: a strided one costs five times as much
-        self.width = (high - low) / BINS
-        self.low = low
-        self.common = _most_repeated(ordered)
+        pilot = values[:: max(1, len(values) // PILOT)]
+        edges = [_find_edges(part.float().T) for part in pilot.split(SORTED_AT_ONCE, dim=1)]
+        for name, parts in zip(EDGES, zip(*edges, strict=True), strict=True):
+            setattr(self, name, torch.cat(parts))
 
     def _add_chunk(self, values: Tensor) -> None:
         offset = -(self.before + self.count) % self.stride
@@ -215,6 +207,17 @@ class Stats:
         value = self.low.double() + (position + 0.5) * self.width.double()
         point_mass = self.repeats > POINT_MASS * self.sampled
         return torch.where(point_mass | (self.width == 0), self.common.double(), value)
+
+
+def _find_edges(values: Tensor) -> tuple[Tensor, ...]:
+    """What `EDGES` names, of some neurons' first tokens, (neurons, tokens)."""
+    ordered = torch.from_numpy(numpy.sort(values.contiguous().numpy(), axis=1))  # eight times as fast as torch's
+    last = ordered.shape[1] - 1
+    low, quarter, middle, three, high = (ordered[:, round(last * at)] for at in (RANGE[0], 0.25, 0.5, 0.75, RANGE[1]))
+    reach = REACH * (three - quarter)
+    reach[reach == 0] = torch.inf  # most tokens are alike, as after ReLU
+    low, high = torch.maximum(low, quarter - reach), torch.minimum(high, three + reach)
+    return middle, low, (high - low) / BINS, _most_repeated(ordered)
 
 
 def _most_repeated(ordered: Tensor) -> Tensor:

@@ -145,7 +145,9 @@ def load_statistics(path: Path, source: Source, sites: Sequence[Site]) -> Statis
         model, has_products = about["model"], bool(about["products"])
         options = {name: about["options"][name] for name in OPTIONS}
         _check_windows(windows, source)
-        if not all(options[name] is None or type(options[name]) is kind for name, kind in OPTIONS.items()):
+        length = None if windows.calibration.is_floating_point() else windows.calibration.shape[1]
+        told = all(type(options[name]) is kind for name, kind in OPTIONS.items() if name != "sequence_length")
+        if not told or (options["samples"], options["sequence_length"]) != (len(windows.calibration), length):
             raise ValueError(f"options are {options}")
         if options["dtype"] not in DTYPES:
             raise ValueError(f"dtype is {options['dtype']!r}")

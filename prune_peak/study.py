@@ -22,7 +22,7 @@ from .arithmetic import fast_products
 from .blocks import Batch
 from .calibration import DTYPES, calibrate, default_dtype, into_batches
 from .cells import INTACT, Cell, CellFile
-from .curves import Curve, compare_areas, draw_curves, is_carried, mean_and_error
+from .curves import Curve, compare_areas, draw_curves, is_significant, mean_and_error
 from .errors import UsageError
 from .evaluation import Exam, Grades, grade
 from .material import find_material
@@ -52,7 +52,7 @@ class Study:
     protocol: Mapping[str, Any]  # what was measured, on what
     measurements: Sequence[Mapping[str, Any]]  # one row a site, fill, fraction and seed
     areas: Sequence[Mapping[str, Any]]  # under each curve
-    comparisons: Sequence[Mapping[str, Any]]  # every two fills, and whether the errors carry an order
+    comparisons: Sequence[Mapping[str, Any]]  # every two fills, and whether the difference is significant
     curves: Sequence[Curve]
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -355,7 +355,7 @@ def _tell_comparisons(model: str, curves: Sequence[Curve]) -> list[dict[str, Any
             "other": second.fill,
             "difference": difference,
             "difference_stderr": error,
-            "carried": is_carried(difference, error),
+            "significant": is_significant(difference, error),
         }
         for first, second, difference, error in compare_areas(curves)
     ]

@@ -4,19 +4,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from transformers.utils import logging as transformers_logging
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
-
-# Threads only cost time where models are tiny
-torch.set_num_threads(1)
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    """Here, and not above: the process that only hands out the tests has no need of torch."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)  # more only cost time where models are tiny
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes half a second; tests that look at one are marked `draws`."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("prune_peak.study.can_draw", lambda: False)
+        monkeypatch.setattr("prune_peak.card._draw", lambda path, recipe: False)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +47,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """One process writes the table, for each of several would hold a part of it."""
     if config.getoption("--write-docs"):
         config.option.numprocesses = 0
+        config.option.markexpr = ""
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +85,8 @@ Made by `pytest tests/test_law.py --write-docs`.
 
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 

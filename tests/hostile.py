@@ -672,6 +672,13 @@ STATS = {
         header(S, metadata(M, lambda about: about | {"options": about["options"] | {"samples": "x"}})),
         NO_STATS,
     ),
+    **{
+        f"{name} {value}": (
+            header(S, metadata(M, lambda about, told={name: value}: about | {"options": about["options"] | told})),
+            NO_STATS,
+        )
+        for name, value in (("samples", None), ("samples", 10**18), ("sequence_length", 10**18), ("seed", "x"))
+    },
     "text a number": (header(S, metadata(M, lambda about: about | {"text": 5})), NO_STATS),
     "a site gone": (
         tensors(S, lambda held: {n: t for n, t in held.items() if not n.startswith(FIELD)}),

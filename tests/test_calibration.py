@@ -11,10 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_compress import compress, digests, run
 
+from prune_peak.calibration import calibrate, into_batches
 from prune_peak.checkpoint import TensorFile, stream_tensors
 from prune_peak.errors import PrunePeakError
+from prune_peak.selection import RANDOM, SCORES, select
+from prune_peak.sites import find_sites
 from prune_peak.source import open_source
-from prune_peak.texts import load_tokenizer, own_windows, read_texts, special_tokens, tokenize_text
+from prune_peak.texts import choose_windows, load_tokenizer, own_windows, read_texts, special_tokens, tokenize_text
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
@@ -232,13 +235,22 @@ def test_own_text_begins_with_bos_and_an_ordinary_token() -> None:
     assert not torch.equal(windows.calibration, own_windows(source, 12, 16, seed=4).calibration)
 
 
-@pytest.mark.parametrize("score", ["deviation", "activation-norm", "variance", "weight-norm", "random"])
-def test_every_score_cuts_its_own_neurons(score: str, tmp_path: Path, text: Path) -> None:
-    for name, seed in (("one", 0), ("two", 1)):
-        words = ("--samples", 8, "--score", score, "--fill", "mean", "--seed", seed)
-        result = compress(EXAMPLES / "llama-mini", tmp_path / name, text, *words)
-        assert result.exit_code == 0, result.output
-    keeps = [load_file(tmp_path / name / "prune_peak_plan.safetensors") for name in ("one", "two")]
-    site = "model.layers.1.mlp.down_proj.keep"
-    shared = len(set(keeps[0][site].tolist()) & set(keeps[1][site].tolist())) / len(keeps[0][site])
-    assert (shared > 0.9) == (score != "random")
+def test_every_score_keeps_its_own_neurons(tmp_path: Path, text: Path) -> None:
+    source = open_source(str(EXAMPLES / "llama-mini"))
+    [site, *_] = find_sites(source.blank, source.family)
+    windows = choose_windows(str(text), source, 8, 128, seed=0).calibration
+    [observed] = calibrate(source, [site], into_batches(windows), torch.float32)
+    summary, weight = observed.stats.summarize(), source.read(site.weight)
+
+    def keep(score: str, seed: int = 0) -> list[int]:
+        kept: list[int] = select(site, summary, weight, 272, "mean", score, seed).keep.tolist()
+        return kept
+
+    keeps = {score: keep(score) for score in (*SCORES, RANDOM)}
+    assert all((keep(score, seed=1) == kept) == (score != RANDOM) for score, kept in keeps.items())
+    assert keeps["deviation"] == keeps["variance"]  # about the mean they are the same
+    assert len({tuple(kept) for kept in keeps.values()}) == len(keeps) - 1
+    words = ("--samples", 8, "--score", "weight-norm", "--fill", "mean")
+    assert compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, *words).exit_code == 0
+    plan = load_file(tmp_path / "cut" / "prune_peak_plan.safetensors")
+    assert plan[f"{site.name}.keep"].tolist() == keeps["weight-norm"]

@@ -123,6 +123,7 @@ def test_what_it_says_loads_it(folder: Path, card: ModelCard, monkeypatch: pytes
     assert names["tokenizer"]("it")["input_ids"]
 
 
+@pytest.mark.draws
 def test_what_it_says_makes_it_again(
     private: Path, folder: Path, card: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_source_card_that_says_nothing(front: str, tmp_path: Path, text: Path)
     assert "refit left" not in card.text
 
 
+@pytest.mark.draws
 def test_without_matplotlib_the_table_is_written(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

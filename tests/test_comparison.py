@@ -156,6 +156,7 @@ def test_what_cannot_be_measured_is_refused(
     assert message in done.stderr
 
 
+@pytest.mark.real
 def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "ROUNDS", 1)
     done = run(EXAMPLES / "llama-mini", "--latency", "--json")

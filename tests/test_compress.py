@@ -41,8 +41,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("fill", ["peak", "mean"])
-@pytest.mark.parametrize("name", MINI)
+@pytest.mark.parametrize(("name", "fill"), list(zip(MINI, ["peak", "mean"] * 2, strict=True)))
 def test_trained_models_obey_the_law(name: str, fill: str, tmp_path: Path, text: Path) -> None:
     result = prune_peak.compress(
         str(EXAMPLES / name), 0.3, tmp_path / "cut", fill=fill, calibration=str(text), samples=16, refit=False
@@ -87,6 +86,7 @@ def test_the_folder_is_whole(tmp_path: Path, text: Path) -> None:
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 
 
+@pytest.mark.draws
 def test_same_command_same_bytes(tmp_path: Path, text: Path) -> None:
     for name in ("one", "two"):
         assert compress(EXAMPLES / "opt-mini", tmp_path / name, text, "--samples", 8).exit_code == 0

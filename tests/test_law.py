@@ -142,14 +142,14 @@ NARROWER = [
     tiny for tiny in ALL if "attention" in cuttable_kinds(FAMILIES[tiny.configure().model_type]) and not tiny.stiff
 ]
 ONE_GROUP = ("llama-one-group", "falcon-7b", "falcon-7b-biased-untied", "gemma-wide-heads")
-CASES = [(tiny, MLP, "head", fill) for tiny in ALL for fill in ("mean", "peak")]
-CASES += [(tiny, ATTENTION, "head", "mean") for tiny in NARROWER]
-CASES += [(tiny, ATTENTION, "neuron", "mean") for tiny in NARROWER if tiny.family in VISION and tiny in TINY]
-CASES += [
-    (tiny, BOTH, "head" if tiny.name in ONE_GROUP else "group", "peak")
-    for tiny in NARROWER
-    if tiny.family not in VISION
-]
+CASES = []
+for number, tiny in enumerate(ALL):
+    cases = [(tiny, MLP, "head", "mean"), (tiny, MLP, "head", "peak")]
+    if tiny in NARROWER:
+        unit = "neuron" if tiny.family in VISION else "head" if tiny.name in ONE_GROUP else "group"
+        cases += [(tiny, ATTENTION, "head", "mean"), (tiny, ATTENTION if unit == "neuron" else BOTH, unit, "peak")]
+    # every other one is left to `-m real`: another fill of the same MLP, another unit of the same attention
+    CASES += [pytest.param(*case, marks=[pytest.mark.real] * ((at + number) % 2)) for at, case in enumerate(cases)]
 
 
 @pytest.mark.parametrize(("tiny", "kinds", "unit", "fill"), CASES, ids=lambda value: getattr(value, "name", str(value)))

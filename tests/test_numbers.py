@@ -86,8 +86,17 @@ def test_outputs_that_overflow_float16(tmp_path: Path, text: Path) -> None:
     assert not any(tmp_path.glob("cut*"))
 
 
-@pytest.mark.parametrize("sites", ["mlp", "attention", "mlp,attention"])
-@pytest.mark.parametrize("dead", ["layers.1.", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj", "layers.1.self_attn"])
+@pytest.mark.parametrize(
+    ("dead", "sites"),
+    [
+        ("layers.1.", "mlp"),
+        ("layers.1.", "attention"),
+        ("layers.1.", "mlp,attention"),
+        ("layers.1.mlp.up_proj", "mlp"),
+        ("layers.1.mlp.down_proj", "mlp,attention"),
+        ("layers.1.self_attn", "attention"),
+    ],
+)
 def test_dead_blocks_are_cut_like_others(dead: str, sites: str, tmp_path: Path, text: Path) -> None:
     """Their neurons are constant, so their statistics have no width and their refit no equations."""
     source = save_changed(tmp_path / "source", {dead: 0.0})

@@ -206,7 +206,7 @@ def test_the_refit_keeps_more_than_any_constant(name: str, tmp_path: Path, text:
     """Cross-entropy on text that was not calibrated on; the margin is far above the noise between seeds."""
     results = {}
     for kind, options in (("peak", {}), ("mean", {"fill": "mean"}), ("refit", {"refit": True})):
-        options = {"refit": False, "samples": 96, "calibration": str(text)} | options
+        options = {"refit": False, "samples": 48, "calibration": str(text)} | options
         result = prune_peak.compress(str(EXAMPLES / name), 0.4, tmp_path / kind, **options)
         assert result.verification.passed
         results[kind] = result.quality_after.loss

@@ -15,7 +15,7 @@ from prune_peak import compress
 from prune_peak.ablation import ablated, draw_others, resampled
 from prune_peak.cells import Cell
 from prune_peak.cli import main
-from prune_peak.curves import CROSS_ENTROPY, Curve, is_carried, mean_and_error
+from prune_peak.curves import CROSS_ENTROPY, Curve, is_significant, mean_and_error
 from prune_peak.errors import PrunePeakError, UsageError
 from prune_peak.evaluation import MASKED_ACCURACY, PERPLEXITY, Exam, Grades, set_exam, take_exam
 from prune_peak.material import find_material, split_windows
@@ -28,13 +28,6 @@ from prune_peak.verification import read_plan
 
 LLAMA = str(EXAMPLES / "llama-mini")
 SMALL: dict[str, Any] = {"samples": 2, "sequence_length": 48, "seeds": 2, "fractions": (0.0, 0.5)}
-
-
-@pytest.fixture(autouse=True)
-def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture takes a second; one test draws."""
-    if "draws" not in request.node.name:
-        monkeypatch.setattr("prune_peak.study.can_draw", lambda: False)
 
 
 def bench_of(tiny: Tiny, folder: Path) -> Bench:
@@ -301,11 +294,12 @@ def test_an_area_is_that_of_trapezoids_and_no_order_is_claimed_within_the_errors
     assert torch.equal(
         Curve("mlp", "zero", CROSS_ENTROPY, fractions, changes).areas(), torch.full((2, 4), 0.5).double()
     )
-    assert is_carried(-1.0, 0.3)
-    assert not is_carried(-1.0, 0.4)
-    assert not is_carried(1.0, None)
+    assert is_significant(-1.0, 0.3)
+    assert not is_significant(-1.0, 0.4)
+    assert not is_significant(1.0, None)
 
 
+@pytest.mark.draws
 def test_the_command_prints_the_table_and_draws(study_text: str, tmp_path: Path) -> None:
     arguments = ["ablate", "--model", LLAMA, "--calibration", study_text, "--samples", "2", "--sequence-length", "32"]
     arguments += ["--fill", "peak", "--fraction", "0.3", "--seeds", "1", "--output", str(tmp_path / "study"), "-q"]
