@@ -45,7 +45,7 @@ def test_what_the_package_offers_is_there() -> None:
         assert getattr(prune_peak, name).__name__ == name
 
 
-def test_the_study_holds_neurons_of_ones_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_holds_neurons_of_ones_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     [block] = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "study.md").read_text(), re.DOTALL)
     monkeypatch.chdir(EXAMPLES.parent)
     names: dict[str, Any] = {}
