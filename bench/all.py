@@ -2,9 +2,9 @@
 
 Each script runs in a process of its own, one after the other, with nothing else on the machine. What they print is
 kept in `bench-output/NAME.json`, beside the machine and the versions in `bench-output/machine.json`. The models are
-SmolLM2 (`bench/smollm2.py`, which fetches a package) and a random Llama of 1.3 billion parameters, the text the help
-topics of Python: none of it changes what is measured here. What a cut and more calibration buy is measured apart, on a
-text (`prune-peak evaluate --latency`, `bench/curve.py`).
+SmolLM2 (`bench/smollm2.py`, which fetches a package), a random Llama of 1.3 billion parameters and an example, the text
+the help topics of Python: none of it changes what is measured here. What a cut and more calibration buy is measured
+apart, on a text (`prune-peak evaluate --latency`, `bench/curve.py`).
 """
 
 import json
@@ -24,14 +24,16 @@ from smollm2 import write_smollm2
 from prune_peak.machine import physical_memory
 
 HERE = Path(__file__).parent
+EXAMPLE = HERE.parent / "examples" / "opt-mini"
 OUTPUT = Path("bench-output")
 SCRIPTS = {
     "moments": "calibration.py --model {smollm2} --what moments",
-    "moments-large": "calibration.py --model {random} --what moments --samples 8 --pairs 1",
+    "moments-large": "calibration.py --model {random} --what moments --samples 16 --pairs 2",
     "compress": "calibration.py --model {smollm2} --what compress",
     "export": "export.py --model {random} --calibration {text}",
-    "budgets": "budgets.py --model {random} --calibration {text} --samples 4",
+    "budgets": "budgets.py --model {random} --calibration {text} --samples 4 --budgets 1.5GB 1.7GB 2GB",
     "ranks": "ranks.py --model {smollm2} --calibration {text}",
+    "kills": "resume.py --model {example} --calibration {text}",
     "reproduction": "reproduction.py --model {smollm2} --calibration {text} -- --samples 16",
     "growth": "growth.py",
     "large": "large.py --calibration {text}",
@@ -56,8 +58,8 @@ def main() -> None:
     print(json.dumps(machine, indent=2), flush=True)
     wanted = " ".join(SCRIPTS[name] for name in names)
     with tempfile.TemporaryDirectory() as scratch:
-        places = {name: Path(scratch, name) for name in ("smollm2", "random", "text")}
-        places["text"] = places["text"].with_suffix(".txt")
+        places = {name: Path(scratch, name) for name in ("smollm2", "random")}
+        places |= {"text": Path(scratch, "text.txt"), "example": EXAMPLE}
         places["text"].write_text("\n\n".join(topics.values()))
         if "{smollm2}" in wanted:
             write_smollm2(places["smollm2"])

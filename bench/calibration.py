@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from prune_peak.arithmetic import fast_products
+from prune_peak.blocks import Batch
 from prune_peak.budget import Budget
 from prune_peak.calibration import calibrate, into_batches
 from prune_peak.export import Export
@@ -59,7 +60,7 @@ def main() -> None:
     body = source.model_class.from_pretrained(source.folder, dtype=source.dtype).base_model.eval()
 
     @torch.inference_mode()
-    def bare() -> None:
+    def bare(batches: Sequence[Batch] = batches) -> None:
         with fast_products():
             for batch in batches:
                 body(**batch, use_cache=False)
@@ -81,7 +82,7 @@ def main() -> None:
                 export.write_block(seen.site.block, {seen.site.name: choice})
             export.finish()
 
-    bare()  # warm-up
+    bare(batches[:1])  # warm-up
     pairs = [(timed(bare), timed(ours)) for _ in tqdm(range(options.pairs))]
     result = {
         "model": options.model.name,

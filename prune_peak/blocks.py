@@ -24,12 +24,11 @@ from transformers.pytorch_utils import Conv1D
 from .arithmetic import factor_type, fast_products
 from .checkpoint import tensor_bytes
 from .errors import PrunePeakError
+from .machine import CPU, Machine
 from .sites import blocks_path, find_blocks
 from .source import Source
 
-CPU = torch.device("cpu")
 FACTORS = (nn.Linear, Conv1D)  # modules (not their subclasses) whose weight is a factor of a product and nothing else
-FEW_BYTES = 2**25  # of a block's weights; so few are not worth giving back, for new pages cost more than they save
 FEW_TOKENS = 4  # the last of a window, for padding is on the left
 
 Batch = dict[
@@ -194,8 +193,7 @@ class BlockStream:
 
     Args:
         dtype: to compute in.
-        spills: keep hidden states in a file.
-        device: where the block at hand is; what lies outside the blocks stays on the processor.
+        machine: where hidden states and the block at hand are; what lies outside the blocks stays on the processor.
 
     Example:
         >>> stream = BlockStream(source, batches, torch.float32)    # doctest: +SKIP
@@ -209,8 +207,7 @@ class BlockStream:
         source: Source,
         batches: Sequence[Batch],
         dtype: torch.dtype,
-        spills: bool = False,
-        device: torch.device = CPU,
+        machine: Machine = Machine(),  # noqa: B008 - frozen
     ) -> None:
         self.source = source
         self.model = source.shell(dtype)
@@ -218,8 +215,9 @@ class BlockStream:
         self._batches = batches
         self._blocks = list(find_blocks(self.model, source.family))
         self._path = blocks_path(self.model, source.family)
-        self._states = States(spills)
-        self._device = device
+        self._states = States(machine.spills)
+        self._device = machine.device
+        self._frugal = machine.frugal
         self._in_tuple: bool | None = None  # not known yet
 
     @property
@@ -320,7 +318,7 @@ class BlockStream:
             for _, owner, leaf, value in blank:
                 owner._parameters[leaf] = value
             _move_buffers(module, CPU)
-            if sum(value.numel() for *_, value in blank) * self.dtype.itemsize > FEW_BYTES:
+            if self._frugal:
                 _return_memory()
 
 

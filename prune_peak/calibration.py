@@ -111,7 +111,7 @@ def calibrate(
         )
     batches = batches[ranks.share(readings)]
     masks = [batch.get("attention_mask") for batch in batches]
-    stream = BlockStream(source, batches, dtype, machine.spills, machine.device)
+    stream = BlockStream(source, batches, dtype, machine)
     last = min(max(site.block for site in sites), stream.blocks - 1)
     power = None
     for step in tqdm(islice(stream.steps(), last + 1), total=last + 1, desc="calibrate", unit="block"):

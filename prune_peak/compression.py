@@ -120,7 +120,7 @@ def compress(
         model: a folder or a Hub id.
         ratio: the share of the neurons to cut at every site, or a share for each kind: {"mlp": 0.2, "attention": 0.33}.
         target_params, target_bytes: instead of a ratio, the share of all parameters, or the bytes, that the result may
-            have at most; over two kinds of site, the split with the least predicted loss is taken.
+            have at most; over two kinds of site, the split that loses least on held-out windows is taken.
         sites: "mlp" (the default), "attention", or both; those that the ratio names, where it names any.
         unit: what leaves an attention together: a "head" (as many of every KV group), a whole KV "group", or a "neuron"
             alone: where heads can get narrower (vision transformers), or with `keep_shape`.
@@ -201,7 +201,7 @@ def compress(
         else:
             measured = _measured_before(statistics)
         progress.insist("calibration", measured.windows.digest)
-        kept = _settle_widths(source, found, splits, host, measured, rules, progress)
+        kept = _settle_widths(source, found, splits, host, measured, rules, progress, machine)
         target, layout = _aim(source, found, kept, host)
         decisions, digests = _cut(source, target, layout, kept, measured, rules, progress)
         _say_few(rules, decisions)
@@ -363,6 +363,7 @@ def _settle_widths(
     measured: Measured,
     rules: Rules,
     progress: Progress,
+    machine: Machine,
 ) -> Widths:
     """How many neurons stay at every site: measured, where a target can be split over two kinds in several ways."""
     recalled = progress.recall("kept")
@@ -370,7 +371,9 @@ def _settle_widths(
     if len(splits) > 1 and recalled not in splits:
         widest = {site.kind: kept.get(site.kind, site.neurons) for site in sites}
         aimed = choose_target(source, sites, widest, source.dtype, host).sites
-        kept = choose_split(source, measured.observe(aimed, True), splits, rules)
+        exam = _set_held_out_exam(source, measured.windows)
+        compute = DTYPES[measured.options["dtype"]]
+        kept = choose_split(source, measured.observe(aimed, True), splits, rules, exam, compute, machine)
         progress.remember("kept", kept)
     return kept
 

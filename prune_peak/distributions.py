@@ -17,7 +17,7 @@ from .calibration import observing
 from .errors import PrunePeakError
 from .sites import Site
 from .source import Source
-from .stats import CHUNK, Stats
+from .stats import Stats, in_chunks
 
 FIRST, REST = "first", "rest"
 OFF_ZERO = 0.5  # deviations from zero beyond which a peak is not at zero
@@ -74,8 +74,8 @@ class Shaping:
     def add(self, values: Tensor) -> None:
         """Count a batch of activations, (tokens, neurons)."""
         self.stats.add(values)
-        for chunk in values.split(CHUNK):
-            centred = chunk.float() - self.stats.pivot
+        for chunk in in_chunks(values):
+            centred = chunk - self.stats.pivot
             squares = centred.square()
             self._cubes += (squares * centred).sum(0)
             self._fourths += squares.square_().sum(0)

@@ -155,7 +155,7 @@ def take_exam(
     Raises:
         PrunePeakError: its outputs are not finite.
     """
-    stream = BlockStream(source, exam.batches, dtype or source.dtype, machine.spills, machine.device)
+    stream = BlockStream(source, exam.batches, dtype or source.dtype, machine)
     for _ in tqdm(stream.steps(), total=source.config.num_hidden_layers, desc=exam.metric, unit="block"):
         pass
     grades = [grade(output.logits, targets) for output, targets in zip(stream.outputs(), exam.targets, strict=True)]

@@ -119,13 +119,12 @@ class Rows:
         kept = self._deviations(keep)
         products = torch.zeros(len(kept), len(kept))
         _add_products(products, kept.T)
-        kernel, target = _mirror(products).double(), (self._deviations(cut) @ lost.T).double()
+        kernel, target = _mirror(products), self._deviations(cut) @ lost.T
         scale = _scale(self) * len(kept)
 
         def solve(ridge: float) -> Tensor:
-            ridged = kernel.clone()
-            ridged.diagonal().add_(ridge * scale)
-            weights = torch.cholesky_solve(target, torch.linalg.cholesky(ridged))  # (tokens, hidden)
+            factor = _factor(kernel, ridge * scale)
+            weights = torch.cholesky_solve(target.to(factor.dtype), factor)  # (tokens, hidden)
             return (weights.T.float() @ kept).double()
 
         return solve
@@ -336,6 +335,18 @@ def _mirror(triangle: Tensor) -> Tensor:
     """The symmetric matrix of which this is the lower triangle."""
     whole = triangle.tril()
     return whole.add_(whole.tril(-1).T)
+
+
+def _factor(matrix: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of matrix + ridge I: in float32; in float64 where that cannot tell the ridge from nothing."""
+    factor: Tensor
+    for dtype in (torch.float32, torch.float64):
+        ridged = matrix.to(dtype, copy=True)
+        ridged.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(ridged, check_errors=dtype is torch.float64)
+        if not failed:
+            break
+    return factor
 
 
 def _parted(values: Tensor) -> Sequence[Tensor]:

@@ -276,9 +276,7 @@ def _time_block(
     for _ in calibrate(source, sites, batches, dtype, refit, machine):
         pass
     observed = time.perf_counter() - began
-    steps = BlockStream(
-        source, batches, dtype, machine.spills, machine.device
-    ).steps()  # named, for its weights leave with it
+    steps = BlockStream(source, batches, dtype, machine).steps()  # named, for its weights leave with it
     step = next(steps)
     began = time.perf_counter()
     for _ in step.run():

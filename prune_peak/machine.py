@@ -2,7 +2,8 @@
 
 The plan is made before the first weight is read, from shapes alone: the most that is resident at once in each phase.
 Keeping to a smaller budget first puts the hidden states on disk, which changes no number, then runs fewer tokens at
-once, which changes their rounding.
+once, which changes their rounding. Where there is room for more than is planned, freed memory is kept for the next
+block; the system takes a while to find new pages.
 """
 
 import logging
@@ -13,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from .arithmetic import factor_type
-from .blocks import CPU
 from .errors import PrunePeakError, UsageError
 from .sites import Site, find_blocks
 from .source import Source
@@ -21,9 +21,11 @@ from .source import Source
 log = logging.getLogger(__name__)
 
 PROCESSOR = "cpu"
+CPU = torch.device(PROCESSOR)
 BATCH_TOKENS = 4096  # tokens that run through a block at once
 BASE_MEMORY = 600_000_000  # bytes of a process that has imported torch and transformers, and drawn a picture
 MACHINE_SHARE = 0.8  # of the machine's memory is the budget where none is given
+ROOMY = 3  # times what is planned: within such a budget freed memory is kept, for new pages cost time
 WHOLE_SIZE = 600_000_000  # bytes of weights up to which verification holds models whole, in float32
 PROBED_TOKENS = 1400  # whose logits it holds then
 STREAMED_TOKENS = 600  # whose logits it holds where models are larger
@@ -38,6 +40,7 @@ class Machine:
     spills: bool = False  # hidden states lie in a file
     whole_size: int = WHOLE_SIZE
     device: torch.device = CPU
+    frugal: bool = False  # freed memory is given back after every block, though the next one waits for new pages
     needed: int = 0  # bytes resident at most, as planned
 
 
@@ -101,7 +104,8 @@ def plan_machine(source: Source, load: Load, max_memory: int | None = None, devi
         for spills in (False, True):
             needed = _most_resident(source, load, batch_tokens, spills)
             if needed <= budget:
-                return Machine(batch_tokens, spills, whole_size, found, max(needed, other))
+                needed = max(needed, other)
+                return Machine(batch_tokens, spills, whole_size, found, budget < ROOMY * needed, needed)
     least = _most_resident(source, load, load.length, True)
     raise PrunePeakError(
         f"{source.name} needs {_gigabytes(least)} of memory with these options, and may use {_gigabytes(budget)}. "

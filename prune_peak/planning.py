@@ -1,16 +1,23 @@
 """What stays of every site, at which fill and with which refit; and how a target is split over the kinds of site."""
 
 import logging
+import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from .ablation import ablated
+from .blocks import BlockStream
 from .budget import Widths
 from .calibration import Observed
 from .errors import PrunePeakError, UsageError, brief
+from .evaluation import Exam, grade
 from .evidence import Moments
+from .machine import Machine
 from .narrowing import Narrowing, narrow
 from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
 from .selection import AUTO, FILLS, RANDOM, SCORES, Choice, choose_fill, lost_share, select
@@ -132,12 +139,67 @@ def _by_head(matrix: Tensor, heads: int) -> Tensor:
     return torch.stack([blocks[head, :, head] for head in range(heads)]).double()
 
 
-def choose_split(source: Source, observed: Iterable[Observed], splits: Sequence[Widths], rules: Rules) -> Widths:
-    """The split of a target over the kinds of site that loses least.
+def choose_split(
+    source: Source,
+    observed: Iterable[Observed],
+    splits: Sequence[Widths],
+    rules: Rules,
+    exam: Exam | None,
+    dtype: torch.dtype,
+    machine: Machine,
+) -> Widths:
+    """The split of a target over the kinds of site that loses least: at an exam, or by the sites' errors without one.
 
-    The loss is the error of the sites' outputs on held-out tokens, as a share of the hidden states that they are added
-    to, summed over all sites.
+    Args:
+        observed: what was seen of every site, block by block.
+        exam: on what was not measured.
+        dtype: to compute in at the exam.
     """
+    if exam is None:
+        losses = _add_up_errors(source, observed, splits, rules)
+    else:
+        losses = _examine(source, observed, splits, rules, exam, dtype, machine)
+    for kept, loss in zip(splits, losses, strict=True):
+        log.info("split %s: predicted loss %.4f", kept, loss)
+    return splits[min(range(len(splits)), key=lambda number: losses[number])]
+
+
+def _examine(
+    source: Source,
+    observed: Iterable[Observed],
+    splits: Sequence[Widths],
+    rules: Rules,
+    exam: Exam,
+    dtype: torch.dtype,
+    machine: Machine,
+) -> list[float]:
+    """The loss of every split at an exam, which all of them take at once, block by block."""
+    each = len(exam.batches)
+    stream = BlockStream(source, [*exam.batches] * len(splits), dtype, machine)
+    steps = stream.steps()
+    for block, group in groupby(observed, lambda seen: seen.site.block):
+        here = list(group)
+        step = next(step for step in steps if step.index == block)
+        with ExitStack() as hooks:
+            for number in step.run():
+                if number % each == 0:
+                    hooks.close()
+                    kept = splits[number // each]
+                    cut = [seen for seen in here if seen.site.kind in kept]
+                    plan = {seen.site.name: choose(source, seen, kept[seen.site.kind], rules).choice for seen in cut}
+                    hooks.enter_context(ablated(stream.model, [seen.site for seen in cut], plan))
+        del here, cut, plan  # before the next block is measured
+    for _ in steps:
+        pass
+    losses = [
+        grade(output.logits, targets).losses.mean().item()
+        for output, targets in zip(stream.outputs(), [*exam.targets] * len(splits), strict=True)
+    ]
+    return [statistics.fmean(losses[start : start + each]) for start in range(0, len(losses), each)]
+
+
+def _add_up_errors(source: Source, observed: Iterable[Observed], splits: Sequence[Widths], rules: Rules) -> list[float]:
+    """The errors of the sites' outputs on held-out tokens, as a share of the hidden states that they are added to."""
     losses = [0.0] * len(splits)
     for seen in observed:
         assert seen.gathered is not None
@@ -157,6 +219,4 @@ def choose_split(source: Source, observed: Iterable[Observed], splits: Sequence[
                 error = output_error(weight, bias, decision.choice.without_reader(), held_out) / seen.power
                 errors[width] = error if decision.refit is None else error * decision.refit.error
             losses[number] += errors[width]
-    for kept, loss in zip(splits, losses, strict=True):
-        log.info("split %s: predicted loss %.4f", kept, loss)
-    return splits[min(range(len(splits)), key=lambda number: losses[number])]
+    return losses

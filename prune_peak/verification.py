@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, digest_tensor, load_tensors
 from .errors import PrunePeakError
 from .export import PLAN_FILE, RECIPE_FILE, tell_block
 from .hosts import Target, choose_target
-from .machine import Machine
+from .machine import CPU, Machine
 from .selection import Choice, unpack_plan
 from .sites import KINDS, UNITS, Site, find_sites, tensors_by_block
 from .source import IMAGES, Source, open_source
@@ -224,7 +224,9 @@ def _check_outputs(
     written = open_source(str(folder))
 
     def run(source: Source, dtype: torch.dtype, hooks: Hooks | None, teacher: Outputs | None = None) -> Outputs:
-        return Whole(source, dtype, hooks).run(batches, teacher) if whole else _stream(source, batches, dtype, hooks)
+        if whole:
+            return Whole(source, dtype, hooks).run(batches, teacher)
+        return _stream(source, batches, dtype, hooks, machine)
 
     exact = run(original, torch.float32, hooks)
     if original.dtype is torch.float32:
@@ -303,8 +305,10 @@ class Whole:
             return Outputs(logits, torch.stack(tokens, dim=1))
 
 
-def _stream(source: Source, batches: Sequence[Batch], dtype: torch.dtype, hooks: Hooks | None = None) -> Outputs:
-    stream = BlockStream(source, batches, dtype)
+def _stream(
+    source: Source, batches: Sequence[Batch], dtype: torch.dtype, hooks: Hooks | None, machine: Machine
+) -> Outputs:
+    stream = BlockStream(source, batches, dtype, replace(machine, spills=False, device=CPU))  # few tokens, and exact
     for step in tqdm(stream.steps(), total=stream.blocks, desc="verify", unit="block"):
         with hooks.on(stream.model, step.index) if hooks else nullcontext():
             for _ in step.run():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,28 @@ def test_a_target_is_split_over_both_kinds(tmp_path: Path, text: Path) -> None:
     recipe = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())
     assert recipe["options"]["target_params"] == 0.7
     assert recipe["options"]["sites"] == sorted(recipe["kept"])
+
+
+@pytest.mark.parametrize(("name", "target"), [("llama-mini", 0.7), ("mistral-mini", 0.85)])
+def test_of_all_splits_the_best_at_the_exam_is_taken(
+    name: str, target: float, tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is foretold of every split is what the written checkpoint loses."""
+    model, kinds = str(EXAMPLES / name), ("mlp", "attention")
+    asked: dict[str, Any] = {"calibration": str(text), "samples": 16}
+    with caplog.at_level("INFO", "prune_peak.planning"):
+        taken = prune_peak.compress(model, output=tmp_path / "taken", target_params=target, sites=kinds, **asked)
+    foretold = [record.args[1] for record in caplog.records if record.name == "prune_peak.planning"]  # type: ignore[index]
+    source = open_source(model)
+    sites = find_sites(source.blank, source.family, kinds)
+    splits = Budget(target_params=target).splits(source, sites)
+    losses = []
+    for number, kept in enumerate(splits):
+        ratio = {site.kind: 1 - kept[site.kind] / site.neurons for site in sites if site.kind in kept}
+        losses.append(prune_peak.compress(model, ratio, tmp_path / str(number), **asked).quality_after.loss)
+    assert foretold == pytest.approx(losses, abs=1e-4)
+    assert len(set(losses)) == len(splits) > 1
+    assert taken.quality_after.loss == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_every_split_has_the_widest_mlp_that_fits() -> None:

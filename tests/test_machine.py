@@ -59,7 +59,7 @@ def test_what_cannot_be_kept_to_is_refused_with_what_would_be(mini: Source) -> N
 def test_hidden_states_in_a_file_are_the_same(tmp_path: Path) -> None:
     source = open_source(str(TINY[0].save(tmp_path)))
     batches = into_batches(torch.randint(3, VOCABULARY, (5, 24)), tokens=48)  # the last one is shorter
-    streams = [BlockStream(source, batches, torch.bfloat16, spills) for spills in (False, True)]
+    streams = [BlockStream(source, batches, torch.bfloat16, Machine(spills=spills)) for spills in (False, True)]
     outputs = []
     for stream in streams:
         powers = torch.stack([step.powers() for step in stream.steps()])
@@ -72,7 +72,7 @@ def test_hidden_states_in_a_file_are_the_same(tmp_path: Path) -> None:
 def test_blocks_run_on_another_device(tiny: object, tmp_path: Path) -> None:
     """`meta` stands in for one: whatever of a block or its call were left behind would not mix with it."""
     source = open_source(str(tiny.save(tmp_path)))  # type: ignore[attr-defined]
-    stream = BlockStream(source, [random_inputs(source.blank, 2)], torch.float32, device=torch.device("meta"))
+    stream = BlockStream(source, [random_inputs(source.blank, 2)], torch.float32, Machine(device=torch.device("meta")))
     step = next(stream.steps())
     assert all(value.is_meta for value in [*step.block.parameters(), *step.block.buffers()])
     assert step.answer(0).is_meta

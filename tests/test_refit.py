@@ -192,6 +192,13 @@ def test_nothing_blows_up(name: str) -> None:
         assert report.error <= 1, "worse than the pure fold on held-out tokens"
 
 
+def test_a_ridge_that_float32_cannot_tell_from_nothing() -> None:
+    """Two equal tokens and two equal neurons, one kept: the other is foretold, whatever the ridge."""
+    rows = Rows(torch.tensor([[4096.0, 4096.0], [4096.0, 4096.0]]), is_centred=False)
+    solve = rows.regress(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 1))
+    assert solve(1e-10).item() == pytest.approx(1)
+
+
 def test_noise_that_tells_nothing_is_not_fitted() -> None:
     """Independent neurons and few tokens: what the kept ones seem to say of the cut ones is chance."""
     weight, bias, choice = site()
