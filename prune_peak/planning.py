@@ -17,7 +17,7 @@ from .calibration import Observed
 from .errors import PrunePeakError, UsageError, brief
 from .evaluation import Exam, grade
 from .evidence import Moments
-from .machine import Machine
+from .machine import CPU, Machine
 from .narrowing import Narrowing, narrow
 from .refit import ELIMINATION, Refit, eliminate, output_error, refit_best
 from .selection import AUTO, FILLS, RANDOM, SCORES, Choice, choose_fill, lost_share, select
@@ -175,7 +175,8 @@ def _examine(
 ) -> list[float]:
     """The loss of every split at an exam, which all of them take at once, block by block."""
     each = len(exam.batches)
-    stream = BlockStream(source, [*exam.batches] * len(splits), dtype, machine)
+    on_processor = replace(machine, device=CPU)  # where the choices are
+    stream = BlockStream(source, [*exam.batches] * len(splits), dtype, on_processor)
     steps = stream.steps()
     for block, group in groupby(observed, lambda seen: seen.site.block):
         here = list(group)

@@ -12,11 +12,16 @@ from tiny import BY_NAME
 
 import prune_peak
 from prune_peak.budget import Budget, count_parameters
+from prune_peak.calibration import calibrate, into_batches
 from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.evaluation import set_exam
 from prune_peak.hosts import choose_target
 from prune_peak.inspection import inspect
+from prune_peak.machine import Machine
+from prune_peak.planning import Rules, choose_split
 from prune_peak.sites import find_sites
 from prune_peak.source import open_source
+from prune_peak.texts import choose_windows
 
 MINI = str(EXAMPLES / "llama-mini")
 
@@ -115,6 +120,29 @@ def test_of_all_splits_the_best_at_the_exam_is_taken(
     assert foretold == pytest.approx(losses, abs=1e-4)
     assert len(set(losses)) == len(splits) > 1
     assert taken.quality_after.loss == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_splits_are_compared_where_their_choices_are(text: Path) -> None:
+    """`meta` stands in for a device that blocks run on: an exam on it would have no losses."""
+    source = open_source(MINI)
+    sites = find_sites(source.blank, source.family, ("mlp", "attention"))
+    splits = Budget(target_params=0.7).splits(source, sites)
+    windows = choose_windows(str(text), source, 4, 64, 0)
+    exam = set_exam(source, windows.held_out, "held out")
+    batches = into_batches(windows.calibration)
+    taken = [
+        choose_split(
+            source,
+            calibrate(source, sites, batches, torch.float32, for_refit=True),
+            splits,
+            Rules(),
+            exam,
+            torch.float32,
+            Machine(device=torch.device(name)),
+        )
+        for name in ("cpu", "meta")
+    ]
+    assert taken[0] == taken[1]
 
 
 def test_every_split_has_the_widest_mlp_that_fits() -> None:
