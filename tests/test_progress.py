@@ -126,6 +126,8 @@ def test_an_interrupt_is_one_whatever_a_library_makes_of_it(
             raise made_of_it from None
 
     monkeypatch.setattr("prune_peak.inspection.inspect", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what runs behind it
     result = run("inspect", EXAMPLES / "opt-mini")
+    signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert result.stderr.startswith("Interrupted. ")
