@@ -45,6 +45,7 @@ def test_a_smaller_budget_spills_first_then_runs_fewer_tokens(mini: Source) -> N
     asked = load(mini, tokens=10**6)
     plans = [plan_machine(mini, asked, budget) for budget in (8 * 10**9, BASE_MEMORY + 10**8, least(mini, asked))]
     assert [plan.spills for plan in plans] == [False, True, True]
+    assert [plan.frugal for plan in plans] == [False, True, True]
     assert plans[0].batch_tokens == plans[1].batch_tokens == machine.BATCH_TOKENS > plans[2].batch_tokens
     assert plans[0].needed > plans[1].needed > plans[2].needed
 
