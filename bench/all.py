@@ -21,7 +21,7 @@ import transformers
 from random_llama import write_random_llama
 from smollm2 import write_smollm2
 
-from prune_peak.machine import physical_memory
+from prune_peak.memory import physical_memory
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "opt-mini"
@@ -45,7 +45,7 @@ def main() -> None:
     if not set(names) <= set(SCRIPTS):
         sys.exit(f"expected names of {', '.join(SCRIPTS)}")
     OUTPUT.mkdir(exist_ok=True)
-    machine = {
+    execution = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory, GB": round(physical_memory() / 1e9, 1),
@@ -54,8 +54,8 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    (OUTPUT / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
-    print(json.dumps(machine, indent=2), flush=True)
+    (OUTPUT / "machine.json").write_text(json.dumps(execution, indent=2) + "\n")
+    print(json.dumps(execution, indent=2), flush=True)
     wanted = " ".join(SCRIPTS[name] for name in names)
     with tempfile.TemporaryDirectory() as scratch:
         places = {name: Path(scratch, name) for name in ("smollm2", "random")}

@@ -15,12 +15,12 @@ import torch
 from large import run_compress
 from random_llama import write_random_llama
 
-from prune_peak.calibration import weigh
-from prune_peak.cli import Bytes
+from prune_peak.cli.parameters import Bytes
 from prune_peak.errors import PrunePeakError
-from prune_peak.machine import plan_machine
-from prune_peak.sites import find_sites
-from prune_peak.source import open_source
+from prune_peak.memory import estimate_workload, plan_execution
+from prune_peak.models.loading import open_model
+from prune_peak.options import CalibrationOptions
+from prune_peak.sites.finding import find_sites
 
 
 def main() -> None:
@@ -36,18 +36,18 @@ def main() -> None:
         model = options.model or Path(scratch, "model")
         if options.model is None:
             write_random_llama(model)
-        source = open_source(str(model))
-        sites = find_sites(source.blank, source.family)
+        source = open_model(str(model))
+        sites = find_sites(source.meta_model, source.family)
         fresh = multiprocessing.get_context("spawn")
         for budget in options.budgets:
             size = Bytes().convert(budget, None, None)
-            asked = (options.calibration, options.samples, options.sequence_length, None, 0, True)
+            names = ("calibration", "samples", "sequence_length")
+            words = {name: getattr(options, name) for name in names}
             try:
-                plan = plan_machine(source, weigh(source, sites, *asked), size)
+                plan = plan_execution(source, estimate_workload(source, sites, CalibrationOptions(**words), True), size)
             except PrunePeakError as refusal:
                 results.append({"budget": budget, "refused": str(refusal)})
                 continue
-            words = dict(zip(("calibration", "samples", "sequence_length", "dtype", "seed"), asked[:-1], strict=True))
             words |= {"model": str(model), "ratio": 0.3, "output": str(Path(scratch, budget))}
             words |= {"max_memory": size, "threads": torch.get_num_threads()}
             answers = fresh.Queue()
@@ -58,7 +58,8 @@ def main() -> None:
                 raise SystemExit(process.exitcode)
             seconds, memory = answers.get()
             results.append({
-                "budget": budget, "batch tokens": plan.batch_tokens, "hidden states on disk": plan.spills,
+                "budget": budget, "batch tokens": plan.batch_tokens,
+                "hidden states on disk": plan.hidden_states_on_disk,
                 "planned, GB": round(plan.needed / 1e9, 2), "highest resident memory, GB": round(memory / 1e9, 2),
                 "kept": memory <= size, "seconds": round(seconds, 1),
             })  # fmt: skip

@@ -20,15 +20,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from prune_peak.arithmetic import fast_products
-from prune_peak.blocks import Batch
-from prune_peak.budget import Budget
-from prune_peak.calibration import calibrate, into_batches
-from prune_peak.export import Export
-from prune_peak.hosts import choose_target, lay_out
-from prune_peak.planning import Rules, choose
-from prune_peak.sites import find_sites
-from prune_peak.source import open_source
+from prune_peak.conversion.choice import choose_conversion
+from prune_peak.data.windows import into_batches
+from prune_peak.export.folder import FolderWriter
+from prune_peak.models.bfloat16 import fast_products
+from prune_peak.models.loading import open_model
+from prune_peak.models.streaming import Batch
+from prune_peak.options import AUTO, Budget, PruningOptions
+from prune_peak.pruning.budget import find_allocations
+from prune_peak.pruning.site_pruning import plan_site
+from prune_peak.sites.finding import find_sites
+from prune_peak.stats.collection import collect
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
@@ -52,8 +54,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
 
-    source = open_source(str(options.model))
-    sites = find_sites(source.blank, source.family)
+    source = open_model(str(options.model))
+    sites = find_sites(source.meta_model, source.family)
     generator = torch.Generator().manual_seed(0)
     shape = (options.samples, options.sequence_length)
     batches = into_batches(torch.randint(source.config.vocab_size, shape, generator=generator))
@@ -66,19 +68,19 @@ def main() -> None:
                 body(**batch, use_cache=False)
 
     def ours() -> None:
-        observed = calibrate(source, sites, batches, source.dtype, for_refit=options.what != "moments")
+        observed = collect(source, sites, batches, source.dtype, for_refit=options.what != "moments")
         if options.what != "compress":
             for _ in observed:
                 pass
             return
-        [kept] = Budget(0.3).splits(source, sites)
-        target = choose_target(source, sites, kept, source.dtype)
+        [kept] = find_allocations(source, sites, Budget(ratio=0.3), AUTO)
+        conversion = choose_conversion(source, sites, kept, source.dtype)
         with (
             tempfile.TemporaryDirectory() as folder,
-            Export(target, lay_out(target), Path(folder)) as export,
+            FolderWriter(source, conversion, Path(folder)) as export,
         ):
             for seen in observed:
-                choice = choose(source, seen, kept["mlp"], Rules(score=options.score)).choice
+                choice = plan_site(source, seen, kept[seen.site.name], PruningOptions(score=options.score)).plan
                 export.write_block(seen.site.block, {seen.site.name: choice})
             export.finish()
 

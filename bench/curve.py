@@ -15,14 +15,19 @@ import torch
 from quality import ours, perplexity
 from tqdm import tqdm
 
-from prune_peak.ablation import ablated
-from prune_peak.blocks import BlockStream
-from prune_peak.budget import Budget
-from prune_peak.calibration import DTYPES, Observed, Watch, into_batches, observing
-from prune_peak.selection import Choice
-from prune_peak.sites import find_sites
-from prune_peak.source import open_source
-from prune_peak.texts import choose_windows, own_windows, read_windows
+from prune_peak.data.sampling import draw_windows
+from prune_peak.data.self_generated import generate_windows
+from prune_peak.data.texts import read_windows
+from prune_peak.data.windows import into_batches
+from prune_peak.models.execution import DTYPES
+from prune_peak.models.loading import open_model
+from prune_peak.models.streaming import BlockStream
+from prune_peak.options import AUTO, Budget
+from prune_peak.pruning.budget import find_allocations
+from prune_peak.sites.finding import find_sites
+from prune_peak.sites.hooks import ablated
+from prune_peak.sites.plan import SitePlan
+from prune_peak.stats.collection import SiteObserver, observe_inputs
 
 BATCH_WINDOWS = 4
 
@@ -41,33 +46,36 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    source, dtype, length = open_source(str(options.model)), DTYPES[options.dtype], options.sequence_length
+    source, dtype, length = open_model(str(options.model)), DTYPES[options.dtype], options.sequence_length
     most, began = max(options.samples), time.perf_counter()
     if options.calibration == "self":
-        windows = own_windows(source, most, length, options.seed).calibration
+        windows = generate_windows(source, most, length, options.seed).calibration
     else:
-        windows = choose_windows(options.calibration, source, most, length, options.seed).calibration
+        windows = draw_windows(source, options.calibration, most, length, options.seed).calibration
     found = time.perf_counter() - began
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))]
-    sites = find_sites(source.blank, source.family)
-    kept = {ratio: Budget(ratio).splits(source, sites, options.multiple_of)[0]["mlp"] for ratio in options.ratios}
-    plans: dict[tuple[int, float], dict[str, Choice]] = {
+    sites = find_sites(source.meta_model, source.family)
+    kept = {}
+    for ratio in options.ratios:
+        budget = Budget(ratio=ratio, multiple_of=options.multiple_of)
+        kept[ratio] = next(iter(find_allocations(source, sites, budget, AUTO)[0].values()))
+    plans: dict[tuple[int, float], dict[str, SitePlan]] = {
         (samples, ratio): {} for samples in options.samples for ratio in kept
     }
     seconds = dict.fromkeys(options.samples, 0.0)
     stream = BlockStream(source, into_batches(windows, tokens=BATCH_WINDOWS * length), dtype)
     for step in tqdm(stream.steps(), total=len(sites), desc="calibrate", unit="block"):
         site = sites[step.index]
-        watch = Watch(site, windows.numel(), for_refit=True)
+        observer = SiteObserver(site, [windows.numel()], for_refit=True)
         ran, resumed = 0.0, time.perf_counter()
-        with observing(stream.model.get_submodule(site.name), watch.see):
+        with observe_inputs(stream.model.get_submodule(site.name), observer.add):
             # when the step gives a batch's number, those before it have run
             for done in chain((number * BATCH_WINDOWS for number in step.run()), [len(windows)]):
                 if done in seconds:
                     ran += time.perf_counter() - resumed
                     resumed = time.perf_counter()
                     for ratio, width in kept.items():
-                        plans[done, ratio][site.name] = ours(source, Observed(site, watch.stats, watch.gathered), width)
+                        plans[done, ratio][site.name] = ours(source, observer.site_stats(), width)
                     seconds[done] += ran + (time.perf_counter() - resumed) / len(kept)
                     resumed = time.perf_counter()
 

@@ -17,22 +17,23 @@ import torch
 from large import forget, highest_memory, timed
 from random_llama import write_random_llama
 
-from prune_peak.budget import Budget
-from prune_peak.compression import save_statistics
-from prune_peak.export import Export
-from prune_peak.hosts import choose_target, lay_out
-from prune_peak.planning import Rules, choose
-from prune_peak.sites import find_sites
-from prune_peak.source import open_source
-from prune_peak.stats_file import load_statistics
+from prune_peak.conversion.choice import choose_conversion
+from prune_peak.export.folder import FolderWriter
+from prune_peak.models.loading import open_model
+from prune_peak.options import AUTO, Budget, PruningOptions
+from prune_peak.pruning.budget import find_allocations
+from prune_peak.pruning.site_pruning import plan_site
+from prune_peak.sites.finding import find_sites
+from prune_peak.stats.calibration import calibrate
+from prune_peak.stats.stats_file import load_statistics
 
 CHUNK = 16 * 2**20  # bytes
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path, conversion: Path) -> None:
     """The weights of one folder in another."""
     for path in source.glob("*.safetensors"):
-        with path.open("rb", buffering=0) as read, (target / path.name).open("wb", buffering=0) as written:
+        with path.open("rb", buffering=0) as read, (conversion / path.name).open("wb", buffering=0) as written:
             while chunk := read.read(CHUNK):
                 written.write(chunk)
             os.fsync(written.fileno())
@@ -40,15 +41,15 @@ def copy(source: Path, target: Path) -> None:
 
 def export(model: Path, stats: Path, target_folder: Path) -> None:
     """What `compress --stats --no-refit` does up to the written checkpoint."""
-    source = open_source(str(model))
-    sites = find_sites(source.blank, source.family)
+    source = open_model(str(model))
+    sites = find_sites(source.meta_model, source.family)
     statistics = load_statistics(stats, source, sites)
-    [kept] = Budget(0.3).splits(source, sites)
-    target = choose_target(source, sites, kept, source.dtype)
-    rules = Rules(score="deviation", refit=False)
-    with Export(target, lay_out(target), target_folder) as out:
+    [kept] = find_allocations(source, sites, Budget(ratio=0.3), AUTO)
+    conversion = choose_conversion(source, sites, kept, source.dtype)
+    rules = PruningOptions(score="deviation", refit=False)
+    with FolderWriter(source, conversion, target_folder) as out:
         for site in sites:
-            choice = choose(source, statistics.observed(site), kept[site.kind], rules).choice
+            choice = plan_site(source, statistics.read_site(site), kept[site.name], rules).plan
             out.write_block(site.block, {site.name: choice})
         out.finish()
 
@@ -65,7 +66,7 @@ def main() -> None:
             write_random_llama(model)
         few = {"calibration": options.calibration, "samples": 1, "sequence_length": 128}
         process = multiprocessing.get_context("spawn").Process(
-            target=save_statistics, args=(str(model), stats), kwargs=few
+            target=calibrate, args=(str(model), stats), kwargs=few
         )  # of its own, so that the memory is that of the export
         process.start()
         process.join()

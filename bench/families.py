@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 import prune_peak
-from prune_peak.compression import Compression
-from prune_peak.evaluation import PERPLEXITY
+from prune_peak.compression import CompressionResult
+from prune_peak.evaluation.quality import PERPLEXITY
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
@@ -68,7 +68,7 @@ def find_data(model: str, folder: Path) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
-def compress_all(case: Case, folder: Path) -> Iterator[tuple[str, Compression]]:
+def compress_all(case: Case, folder: Path) -> Iterator[tuple[str, CompressionResult]]:
     """The case in every way."""
     calibration, evaluate = find_data(case.model, folder)
     for name, way in WAYS.items():
@@ -85,14 +85,14 @@ def compress_all(case: Case, folder: Path) -> Iterator[tuple[str, Compression]]:
         yield name, result
 
 
-def describe(case: Case, results: dict[str, Compression]) -> str:
+def describe(case: Case, results: dict[str, CompressionResult]) -> str:
     """The line of the table."""
     one = next(iter(results.values()))
     dense = one.quality_before
     assert dense is not None
     digits = ".2f" if dense.metric == PERPLEXITY else ".1%"
     unit = case.options.get("unit", "neuron" if case.kind == "mlp" else "head")
-    cells = [
+    trials = [
         case.model,
         f"{case.kind}: {one.share[case.kind]:.0%} of the {unit}s",
         dense.metric,
@@ -100,7 +100,7 @@ def describe(case: Case, results: dict[str, Compression]) -> str:
         *(f"{result.quality_after.value:{digits}}" for result in results.values() if result.quality_after),
         f"{one.before.bytes:,} -> {one.after.bytes:,}" + (" (in place)" if one.keep_shape else ""),
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(trials)} |"
 
 
 def main() -> None:

@@ -17,15 +17,17 @@ import torch
 from random_llama import write_random_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prune_peak.budget import Budget
-from prune_peak.calibration import calibrate, into_batches
-from prune_peak.planning import Rules, choose
-from prune_peak.sites import find_sites
-from prune_peak.source import open_source
+from prune_peak.data.windows import into_batches
+from prune_peak.models.loading import open_model
+from prune_peak.options import AUTO, Budget, PruningOptions
+from prune_peak.pruning.budget import find_allocations
+from prune_peak.pruning.site_pruning import plan_site
+from prune_peak.sites.finding import find_sites
+from prune_peak.stats.collection import collect
 
 LENGTH = 256  # of a window
 SIZE = {"tokens": 8192, "width": 512, "blocks": 2}
-EXPECTED = {"calibration": {"tokens": 1, "width": 2, "blocks": 1}, "choice": {"tokens": 0, "width": 3, "blocks": 1}}
+EXPECTED = {"calibration": {"tokens": 1, "width": 2, "blocks": 1}, "plan": {"tokens": 0, "width": 3, "blocks": 1}}
 
 
 def measure(tokens: int, width: int, blocks: int) -> dict[str, float]:
@@ -42,16 +44,16 @@ def measure(tokens: int, width: int, blocks: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
         write_random_llama(folder, LlamaForCausalLM, config)
-        source = open_source(str(folder))
-        sites = find_sites(source.blank, source.family)
-        [kept] = Budget(0.3).splits(source, sites)
+        source = open_model(str(folder))
+        sites = find_sites(source.meta_model, source.family)
+        [kept] = find_allocations(source, sites, Budget(ratio=0.3), AUTO)
         windows = torch.randint(1000, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
         began, choosing = time.process_time(), 0.0
-        for observed in calibrate(source, sites, into_batches(windows), torch.float32, for_refit=True):
+        for observed in collect(source, sites, into_batches(windows), torch.float32, for_refit=True):
             chosen = time.process_time()
-            choose(source, observed, kept["mlp"], Rules())
+            plan_site(source, observed, kept[observed.site.name], PruningOptions())
             choosing += time.process_time() - chosen
-        return {"calibration": time.process_time() - began - choosing, "choice": choosing}
+        return {"calibration": time.process_time() - began - choosing, "plan": choosing}
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ from random_llama import write_random_llama
 from transformers import MistralConfig, MistralForCausalLM
 
 import prune_peak
-from prune_peak.blocks import BlockStream
-from prune_peak.calibration import default_dtype, into_batches
-from prune_peak.cli import Bytes
-from prune_peak.source import open_source
-from prune_peak.texts import choose_windows
+from prune_peak.cli.parameters import Bytes
+from prune_peak.data.sampling import draw_windows
+from prune_peak.data.windows import into_batches
+from prune_peak.models.execution import default_dtype
+from prune_peak.models.loading import open_model
+from prune_peak.models.streaming import BlockStream
 
 CHUNK = 64 * 2**20  # bytes
 
@@ -60,8 +61,8 @@ def write_once(path: Path, size: int) -> None:
 
 def run_bare(folder: Path, options: argparse.Namespace) -> float:
     """Seconds that the blocks take for the tokens of the calibration, without reading their weights."""
-    source = open_source(str(folder))
-    windows = choose_windows(options.calibration, source, options.samples, options.sequence_length, 0).calibration
+    source = open_model(str(folder))
+    windows = draw_windows(source, options.calibration, options.samples, options.sequence_length, 0).calibration
     dtype = getattr(torch, options.dtype or default_dtype(source))
     seconds = 0.0
     for step in BlockStream(source, into_batches(windows), dtype).steps():

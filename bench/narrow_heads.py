@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import logging
 
 import prune_peak
-from prune_peak.compression import Compression
+from prune_peak.compression import CompressionResult
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RATIOS = (0.25, 0.5, 0.75)
@@ -23,7 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def cut(ratio: float, unit: str, way: str, folder: Path) -> Compression:
+def cut(ratio: float, unit: str, way: str, folder: Path) -> CompressionResult:
     return prune_peak.compress(
         str(EXAMPLES / "vit-mini"),
         {"attention": ratio},
@@ -43,18 +43,18 @@ def main() -> None:
     lines, dense = [], None
     for ratio in RATIOS:
         for unit in ("head", "neuron"):
-            cells, scores = [], "-"
+            trials, scores = [], "-"
             for way in WAYS:
                 with tempfile.TemporaryDirectory() as folder:
                     result = cut(ratio, unit, way, Path(folder))
                 dense, after = result.quality_before, result.quality_after
                 assert dense is not None
                 assert after is not None
-                cells.append(f"{after.value:.1%} ({after.loss:.3f})")
+                trials.append(f"{after.value:.1%} ({after.loss:.3f})")
                 if result.scores_lost:
                     scores = f"{statistics.median(result.scores_lost.values()):.2%}"
             shape = f"{round(4 * (1 - ratio))} x 32" if unit == "head" else f"4 x {round(32 * (1 - ratio))}"
-            row = [f"{ratio:.0%} of the {unit}s", shape, f"{result.after.parameters:,}", *cells, scores]
+            row = [f"{ratio:.0%} of the {unit}s", shape, f"{result.after.parameters:,}", *trials, scores]
             lines.append(f"| {' | '.join(row)} |")
     assert dense is not None
     print(INTRODUCTION.format(accuracy=dense.value, loss=dense.loss, images=dense.windows))

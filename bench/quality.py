@@ -27,52 +27,57 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from prune_peak.ablation import ablated
-from prune_peak.arithmetic import fast_products
-from prune_peak.budget import Budget
-from prune_peak.calibration import DTYPES, Observed, calibrate, into_batches
-from prune_peak.planning import Rules, choose
-from prune_peak.selection import Choice, keep_best, select
-from prune_peak.sites import find_sites
-from prune_peak.source import Source, open_source
-from prune_peak.texts import choose_windows, own_windows, read_windows
+from prune_peak.data.sampling import draw_windows
+from prune_peak.data.self_generated import generate_windows
+from prune_peak.data.texts import read_windows
+from prune_peak.data.windows import into_batches
+from prune_peak.models.bfloat16 import fast_products
+from prune_peak.models.execution import DTYPES
+from prune_peak.models.loading import Model, open_model
+from prune_peak.options import AUTO, Budget, PruningOptions
+from prune_peak.pruning.budget import find_allocations
+from prune_peak.pruning.site_pruning import keep_best, plan_site, select
+from prune_peak.sites.finding import find_sites
+from prune_peak.sites.hooks import ablated
+from prune_peak.sites.plan import SitePlan
+from prune_peak.stats.collection import SiteStats, collect
 
-Method = Callable[[Source, Observed, int], Choice]
+Method = Callable[[Model, SiteStats, int], SitePlan]
 
 
-def magnitude(source: Source, observed: Observed, kept: int) -> Choice:
+def magnitude(source: Model, observed: SiteStats, kept: int) -> SitePlan:
     site = observed.site
     units = site.neurons // site.unit
     scores = torch.zeros(units)
-    for name, axis in site.cuts.items():
+    for name, (axis, _) in site.slices.items():
         scores += source.read(name).float().square().movedim(axis, 0).reshape(units, -1).sum(1)
-    return Choice(keep_best(site, scores.repeat_interleave(site.unit), kept), torch.zeros(site.neurons))
+    return SitePlan(keep_best(site, scores.repeat_interleave(site.unit), kept), torch.zeros(site.neurons))
 
 
-def wanda_sp(source: Source, observed: Observed, kept: int) -> Choice:
+def wanda_sp(source: Model, observed: SiteStats, kept: int) -> SitePlan:
     site, summary = observed.site, observed.stats.summarize()
     weight = site.as_matrix(source.read(site.weight)).double()
     scores = weight.abs().sum(0) * summary.second_moment.sqrt()
-    return Choice(keep_best(site, scores, kept), torch.zeros(site.neurons))
+    return SitePlan(keep_best(site, scores, kept), torch.zeros(site.neurons))
 
 
-def flap(source: Source, observed: Observed, kept: int) -> Choice:
+def flap(source: Model, observed: SiteStats, kept: int) -> SitePlan:
     site, summary = observed.site, observed.stats.summarize()
     weight = site.as_matrix(source.read(site.weight)).double()
     scores = summary.variance * weight.square().sum(0)
-    return Choice(keep_best(site, scores, kept), summary.mean.float())
+    return SitePlan(keep_best(site, scores, kept), summary.mean.float())
 
 
 def constant(fill: str) -> Method:
-    def method(source: Source, observed: Observed, kept: int) -> Choice:
+    def method(source: Model, observed: SiteStats, kept: int) -> SitePlan:
         site = observed.site
         return select(site, observed.stats.summarize(), site.as_matrix(source.read(site.weight)), kept, fill)
 
     return method
 
 
-def ours(source: Source, observed: Observed, kept: int) -> Choice:
-    return choose(source, observed, kept, Rules()).choice
+def ours(source: Model, observed: SiteStats, kept: int) -> SitePlan:
+    return plan_site(source, observed, kept, PruningOptions()).plan
 
 
 METHODS: dict[str, Method] = {
@@ -127,39 +132,40 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the figures in a file")
     options = parser.parse_args()
 
-    source, dtype, length = open_source(str(options.model)), DTYPES[options.dtype], options.sequence_length
+    source, dtype, length = open_model(str(options.model)), DTYPES[options.dtype], options.sequence_length
     if options.calibration == "self":
-        windows = own_windows(source, options.samples, length, options.seed).calibration
+        windows = generate_windows(source, options.samples, length, options.seed).calibration
     else:
-        windows = choose_windows(options.calibration, source, options.samples, length, options.seed).calibration
+        windows = draw_windows(source, options.calibration, options.samples, length, options.seed).calibration
     test = read_windows(options.text, source, length)[: options.windows]
     kinds = [kind for kind, ratios in (("attention", options.heads), ("mlp", options.ratios)) if ratios]
-    sites = find_sites(source.blank, source.family, kinds)
+    sites = find_sites(source.meta_model, source.family, kinds)
     asked = [("mlp", ratio) for ratio in options.ratios] + [("attention", ratio) for ratio in options.heads]
     kept: dict[tuple[str, float], int] = {}
     for kind, ratio in asked:
-        [widths] = Budget({kind: ratio}).splits(source, [s for s in sites if s.kind == kind], options.multiple_of)
-        kept[kind, ratio] = widths[kind]
+        budget = Budget(ratio={kind: ratio}, multiple_of=options.multiple_of)
+        [widths] = find_allocations(source, [site for site in sites if site.label == kind], budget, AUTO)
+        kept[kind, ratio] = next(iter(widths.values()))
 
     methods = [name for name in options.methods if name in METHODS]
-    plans: dict[tuple[str, str, float], dict[str, Choice]] = {}
-    for observed in calibrate(source, sites, into_batches(windows), dtype, for_refit="prune-peak" in methods):
+    plans: dict[tuple[str, str, float], dict[str, SitePlan]] = {}
+    for observed in collect(source, sites, into_batches(windows), dtype, for_refit="prune-peak" in methods):
         site = observed.site
         for name in methods:
             for kind, ratio in asked:
-                if kind == site.kind:
+                if kind == site.label:
                     choice = METHODS[name](source, observed, kept[kind, ratio])
                     plans.setdefault((name, kind, ratio), {})[site.name] = choice
 
     model = source.model_class.from_pretrained(source.folder, dtype=dtype).eval()
     figures = {"dense": {"": perplexity(model, test)}}
     labels = {(kind, ratio): f"{kind} {1 - kept[kind, ratio] / site.neurons:.0%}" for kind, ratio in asked
-              for site in sites if site.kind == kind}  # fmt: skip
+              for site in sites if site.label == kind}  # fmt: skip
     for name, kind, ratio in tqdm(plans, desc="measure"):
-        with ablated(model, [site for site in sites if site.kind == kind], plans[name, kind, ratio]):
+        with ablated(model, [site for site in sites if site.label == kind], plans[name, kind, ratio]):
             figures.setdefault(name, {})[labels[kind, ratio]] = perplexity(model, test)
     if OPTIPFAIR in options.methods:
-        width = max((site.neurons for site in sites if site.kind == "mlp"), default=0)
+        width = max((site.neurons for site in sites if site.label == "mlp"), default=0)
         for kind, ratio in asked:
             if kind == "mlp":
                 try:

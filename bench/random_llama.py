@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from prune_peak.checkpoint import Writer
-from prune_peak.export import write_config
-from prune_peak.source import build_blank
+from prune_peak.export.folder import write_config
+from prune_peak.io.writer import Writer
+from prune_peak.models.config_checks import build_meta_model
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama-mini"
 LARGE = LlamaConfig(
@@ -30,7 +30,7 @@ LARGE = LlamaConfig(
 def write_random_llama(
     folder: Path, model_class: type[PreTrainedModel] = LlamaForCausalLM, config: PreTrainedConfig = LARGE
 ) -> None:
-    state = build_blank(model_class, config).state_dict()
+    state = build_meta_model(model_class, config).state_dict()
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     with Writer(folder, {name: (tuple(empty.shape), config.dtype) for name, empty in state.items()}) as writer:

@@ -1,9 +1,9 @@
-"""How much faster several processes compress than one, each with one thread:
+"""Speed-up of several processes over one, each with one thread:
 
     python bench/ranks.py --model FOLDER --calibration FILE --processes 2
 
-Whole commands in turns, imports and verification included: `python -m prune_peak` alone and through torchrun. The ratio
-is taken pair by pair, and its median is the figure. Both must keep the same neurons. Run it alone on the machine.
+Times whole commands, imports and verification included: `python -m prune_peak` alone and through torchrun, in turns.
+The result is the median of the ratios of all pairs. Both must keep the same neurons. Run nothing else meanwhile.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a model's folder")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--what", choices=["compress", "calibrate"], default="compress")
@@ -36,7 +36,7 @@ def main() -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
     words = ["-m", "prune_peak", options.what, "--model", str(options.model), "--calibration", options.calibration]
     words += ["--samples", str(options.samples), "--quiet", "--force"]
-    words += ["--ratio", "0.3"] if options.what == "compress" else ["--gram"]
+    words += ["--ratio", "0.3"] if options.what == "compress" else ["--covariances"]
 
     with tempfile.TemporaryDirectory() as scratch:
 

@@ -101,10 +101,10 @@ def table(folder: Path) -> None:
     found = {}
     for path in folder.glob(FOUND.format("*")):
         read = json.loads(path.read_text())
-        cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        trials: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in read["rows"]:
-            cells[row["written as"]].append(row)
-        found[read["transformers"]] = cells
+            trials[row["written as"]].append(row)
+        found[read["transformers"]] = trials
     versions = sorted(found, key=lambda version: [int(part) for part in version.split(".")])
     print(INTRODUCTION.format(bound=BOUND))
     print("|", " | ".join(["written as", "cases", *versions]), "|")

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from prune_peak import compress
-from prune_peak.progress import RUN_FILE
+from prune_peak.export.resume import RUN_FILE
 from prune_peak.verification import verify
 
 FORK = multiprocessing.get_context("fork")  # imports once

@@ -12,15 +12,16 @@ from pydoc_data.topics import topics
 
 import torch
 
-from prune_peak.cells import Cell
-from prune_peak.evaluation import Grades
-from prune_peak.study import Bench, ablate
+from prune_peak.evaluation.quality import WindowScores
+from prune_peak.studies.ablation import ablate
+from prune_peak.studies.runner import TrialRunner
+from prune_peak.studies.trials import Trial
 
 EVERY = 10  # cells between two bare passes
 
 
 @torch.inference_mode()
-def time_bare(bench: Bench, with_head: bool) -> float:
+def time_bare(bench: TrialRunner, with_head: bool) -> float:
     model = bench.model if with_head else bench.model.base_model
     began = time.process_time()
     for batch, _ in bench.batches:
@@ -38,19 +39,19 @@ def main() -> None:
     bodies: list[float] = []
     wholes: list[float] = []
     measured = 0
-    measure = Bench.measure
+    measure = TrialRunner.measure
 
-    def measure_and_time(bench: Bench, cell: Cell) -> Grades:
+    def measure_and_time(bench: TrialRunner, trial: Trial) -> WindowScores:
         nonlocal measured
         if measured == 0:
-            bench.take_exam()  # warm up, so that neither side pays for it
+            bench.evaluate()  # warm up, so that neither side pays for it
         if measured % EVERY == 0:
             bodies.append(time_bare(bench, with_head=False))
             wholes.append(time_bare(bench, with_head=True))
         measured += 1
-        return measure(bench, cell)
+        return measure(bench, trial)
 
-    Bench.measure = measure_and_time  # type: ignore[method-assign, assignment]
+    TrialRunner.measure = measure_and_time  # type: ignore[method-assign, assignment]
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "topics.txt"
         text.write_text("\n\n".join(topics[name] for name in sorted(topics)))

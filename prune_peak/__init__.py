@@ -1,77 +1,60 @@
-"""Make transformer checkpoints smaller without training: fold the peak of pruned neurons, delete them, load with stock
-transformers.
+"""Make transformer checkpoints smaller: fold the peaks of pruned neurons, delete them, load with stock transformers.
 
 Example:
     >>> import prune_peak
     >>> result = prune_peak.compress("examples/opt-mini", 0.3, "smaller")  # doctest: +SKIP
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import PrunePeakError, UsageError, VerificationError
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .ablation import ablated
-    from .analysis import analyze
-    from .comparison import evaluate
-    from .compression import Compression, compress, save_statistics
-    from .gguf_file import export_gguf
-    from .hub import push
-    from .inspection import inspect
-    from .selection import Choice
-    from .source import Source, open_source
-    from .study import ablate, find_studied, load_whole
-    from .verification import Verification, verify
+    from .compression import CompressionResult as CompressionResult
+    from .compression import compress as compress
+    from .evaluation.comparison import evaluate as evaluate
+    from .export.formats import export_model as export_model
+    from .hub import push as push
+    from .inspection import inspect as inspect
+    from .models.loading import Model as Model
+    from .models.loading import open_model as open_model
+    from .sites.hooks import ablated as ablated
+    from .sites.plan import SitePlan as SitePlan
+    from .stats.calibration import calibrate as calibrate
+    from .studies.ablation import ablate as ablate
+    from .studies.analysis import analyze as analyze
+    from .studies.runner import find_studied as find_studied
+    from .studies.runner import load_whole as load_whole
+    from .verification import Verification as Verification
+    from .verification import verify as verify
 
-__version__ = "0.1.0.dev0"
-__all__ = [
-    "Choice",
-    "Compression",
-    "PrunePeakError",
-    "Source",
-    "UsageError",
-    "Verification",
-    "VerificationError",
-    "ablate",
-    "ablated",
-    "analyze",
-    "compress",
-    "evaluate",
-    "export_gguf",
-    "find_studied",
-    "inspect",
-    "load_whole",
-    "open_source",
-    "push",
-    "save_statistics",
-    "verify",
-]
-
-_ROOMS = {
-    "Choice": "selection",
-    "Compression": "compression",
-    "Source": "source",
+# Imported when they are used: torch and transformers take seconds to import, and `prune-peak --help` needs neither
+_MODULES = {
+    "SitePlan": "sites.plan",
+    "CompressionResult": "compression",
+    "Model": "models.loading",
     "Verification": "verification",
-    "ablate": "study",
-    "ablated": "ablation",
-    "analyze": "analysis",
+    "ablate": "studies.ablation",
+    "ablated": "sites.hooks",
+    "analyze": "studies.analysis",
+    "calibrate": "stats.calibration",
     "compress": "compression",
-    "evaluate": "comparison",
-    "export_gguf": "gguf_file",
-    "find_studied": "study",
+    "evaluate": "evaluation.comparison",
+    "export_model": "export.formats",
+    "find_studied": "studies.runner",
     "inspect": "inspection",
-    "load_whole": "study",
-    "open_source": "source",
+    "load_whole": "studies.runner",
+    "open_model": "models.loading",
     "push": "hub",
-    "save_statistics": "compression",
     "verify": "verification",
 }
 
+__all__ = ["PrunePeakError", "UsageError", "VerificationError", "__version__", *_MODULES]
+
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; `prune-peak --help` must not wait for them
-    if name in _ROOMS:
-        from importlib import import_module
-
-        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,29 +1,29 @@
-"""The errors that a user is meant to read: one line that says what is wrong, what was expected and what to do."""
+"""Errors for the user: one line with what is wrong, what was expected and what to do."""
 
-LONGEST = 2000  # characters of a line
+LONGEST = 2000  # characters of a message
 
 
 class PrunePeakError(Exception):
-    """A refusal or a failure with a cause outside this program (the command line prints it and exits with 1)."""
+    """Base class of errors shown to the user without a traceback (exit code 1)."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
 class UsageError(PrunePeakError):
-    """An argument that no input could make sense of (the command line exits with 2)."""
+    """An invalid argument, whatever the model (exit code 2)."""
 
 
 class VerificationError(PrunePeakError):
-    """What was written does not compute what it should, or cannot be known to."""
+    """The output does not compute the expected function, or cannot be verified."""
 
 
 class LostProcessError(Exception):
-    """Another process of the same command is gone; what is finished stays, as after an interruption."""
+    """Another process of the same distributed command died; finished work is kept and can be resumed."""
 
 
 def one_line(text: str) -> str:
-    r"""One line of printable characters: a stranger's words, so that a terminal shows them and does not obey them.
+    r"""One line of printable characters; escapes control sequences in untrusted text.
 
     Example:
         >>> print(one_line("red \x1b[31m\n"))
@@ -35,5 +35,5 @@ def one_line(text: str) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """What a library says, shortly; its kind where it says nothing."""
+    """The message of a library's error, at most 200 characters; its type if the message is empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,180 +1,164 @@
-"""What can be cut from a model, what it would save and what it would take, before any of it is done.
+"""`inspect()` and `estimate()`: what can be pruned, what it saves, and what it takes, before any of it is done.
 
-`inspect` reads the config alone. `estimate` also opens the weights and times one block.
+`inspect` reads the config only. `estimate` (--dry-run) also opens the weights and times one block.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .blocks import BlockStream
-from .budget import Budget, Ratio, count_parameters
-from .calibration import BATCH_IMAGES, calibrate, into_batches, weigh
+from .conversion.choice import choose_conversion
+from .conversion.classes import ENGINES
+from .data.self_generated import PASSAGES, generate_tokens
+from .data.windows import into_batches
 from .errors import PrunePeakError
-from .families import FAMILIES
-from .hosts import AUTO, ENGINES, choose_target
-from .images import choose_images
-from .machine import PROCESSOR, Machine, plan_machine
-from .planning import Rules, choose
-from .refit import ELIMINATION
-from .selection import AUTO as FILL_AUTO
-from .selection import DEVIATION, width_step
-from .sites import HEAD, KINDS, Site, find_blocks, find_sites
-from .source import Blueprint, Source, count_patches, open_blueprint, open_source
-from .stats_file import Statistics, load_statistics
-from .texts import (
-    PASSAGES,
-    SAMPLES,
-    SELF,
-    SEQUENCE_LENGTH,
-    held_out_count,
-    sample_own_text,
-)
-
-RATIO = 0.3  # what `inspect` reckons with where none is given
+from .job import Job, convert, plan_widths, prepare
+from .models.families import FAMILIES, find_blocks
+from .models.loading import ModelSpec, open_model_spec
+from .models.streaming import BlockStream
+from .option_fields import takes
+from .options import Budget, CompressOptions, InspectOptions, Ratio
+from .pruning.budget import Widths, count_parameters
+from .pruning.site_pruning import plan_site
+from .sites.finding import find_sites, labels
+from .stats.collection import collect
 
 # What `estimate` adds to what it times
 START_SECONDS = 10.0  # imports, digests, loading
-VERIFIED_TOKENS = 5000  # verification, as tokens of a forward
+VERIFIED_TOKENS = 5000  # verification, as tokens of a forward pass
 SHORT_SAMPLE, LONGER_SAMPLE = 4, 20  # tokens
 
 
 @dataclass(frozen=True)
-class Cuttable:
-    """The sites of one kind, and what a ratio leaves of each."""
+class PrunableSites:
+    """The sites of one kind, and what a budget leaves of each."""
 
     kind: str
     neurons: int  # at every site
-    step: int  # neurons by which it gets narrower
-    kept: int  # neurons; all of them where the kind is not cut
-    written_as: str  # the class, where this kind alone is cut
-    constants: str  # where they go then
-    in_place: bool  # can only be zeroed, or shall be: nothing is saved
+    step: int  # neurons by which it becomes narrower
+    kept: int  # neurons; all of them where the kind is not pruned
+    written_as: str  # the class, where this kind alone is pruned
+    folded_into: str  # the bias that takes the constants then
+    in_place: bool  # weights can only be set to zero, which saves nothing
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model, what can be cut from it, and what a ratio would give."""
+    """A model, what can be pruned from it, and what a budget would give."""
 
     model: str
     model_type: str
     model_class: str
     dtype: str
     blocks: int
-    sites: tuple[Cuttable, ...]
-    whole: Mapping[str, str]  # kinds of site that cannot be deleted, and why
+    sites: tuple[PrunableSites, ...]
+    unprunable: Mapping[str, str]  # kinds of site that cannot be made smaller, with the reason
     parameters: int
     bytes: int
-    asked: str  # the ratio or target
+    budget: str  # the ratio or target
     parameters_after: int
     bytes_after: int
-    share: float  # of the parameters that would leave
+    share: float  # of the parameters that would be deleted
     written_as: str
-    why: str  # what the better hosts lack; empty where there is none better
+    reason: str  # what the preferred classes lack; empty where the first one is written
     engines: tuple[str, ...]  # serving engines that read the written class
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def inspect(
-    model: str,
-    ratio: Ratio | None = None,
-    *,
-    target_params: float | None = None,
-    target_bytes: int | None = None,
-    sites: Sequence[str] | None = None,
-    unit: str = HEAD,
-    keep_shape: bool = False,
-    multiple_of: int | None = None,
-    host: str = AUTO,
-    revision: str | None = None,
-) -> Inspection:
-    """Say what `compress` would do to a model, from its config; the ratio is 0.3 where nothing else is asked for.
+@takes(InspectOptions)
+def inspect(model: str, ratio: Ratio | None = None, **options: Any) -> Inspection:
+    """Describe what `compress` would do to a model, from its config; at a ratio of 0.3 by default.
 
-    Where a target can be split over two kinds of site in several ways, the one that cuts them most evenly is reckoned
-    with; `compress` measures which is best.
+    For a size target over several kinds of site, the allocation that prunes them most evenly is shown; `compress`
+    measures which one is best.
+
+    Args:
+        model: a folder or a Hub id.
+        {options}
 
     Raises:
-        PrunePeakError: the model type is not known, or the ratio does nothing.
+        PrunePeakError: the model type is not supported, or nothing would be pruned.
 
     Example:
         >>> inspection = inspect("examples/llama-mini", 0.5)
         >>> [(site.kind, site.neurons, site.kept) for site in inspection.sites]
         [('mlp', 384, 192), ('attention', 128, 128)]
     """
-    if target_params is None and target_bytes is None and ratio is None:
-        ratio = RATIO
-    budget = Budget(ratio, target_params, target_bytes, keep_shape)
-    return _inspect(open_blueprint(model, revision), budget, sites, unit, multiple_of, host)
+    given = InspectOptions(ratio=ratio, **options)
+    return _inspect(open_model_spec(model, given.revision), given, given.output_class)
 
 
-def _inspect(
-    blueprint: Blueprint, budget: Budget, kinds: Sequence[str] | None, unit: str, multiple_of: int | None, host: str
-) -> Inspection:
-    dtype = blueprint.dtype
-    cut = find_sites(blueprint.blank, blueprint.family, budget.kinds(kinds), unit, budget.keep_shape)
-    first = {site.kind: site for site in cut}
-    splits = budget.splits(blueprint, cut, multiple_of, host)
-    kept = min(splits, key=lambda widths: max(1 - width / first[kind].neurons for kind, width in widths.items()))
-    target = choose_target(blueprint, [site for site in cut if site.kind in kept], kept, dtype, host)
-    before, after = count_parameters(blueprint.blank), count_parameters(target.blank)
-    cuttable: list[Cuttable] = []
-    whole: dict[str, str] = {}
-    for kind in KINDS:
+def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
+    sites, allocations = plan_widths(spec, budget, output_class)
+    named = {site.name: site for site in sites}
+
+    def most_pruned(widths: Widths) -> float:
+        return max(1 - width / site.neurons for site, width in ((named[name], width) for name, width in widths.items()))
+
+    widths = min(allocations, key=most_pruned)
+    conversion = convert(spec, sites, widths, output_class)
+    before, after = count_parameters(spec.meta_model), count_parameters(conversion.meta_model)
+    prunable: list[PrunableSites] = []
+    unprunable: dict[str, str] = {}
+    kept = {site.label: widths[site.name] for site in sites if site.name in widths}
+    for kind in labels():
         for in_place in (True,) if budget.keep_shape else (False, True):
             try:
-                cuttable.append(_inspect_kind(blueprint, kind, kept.get(kind), unit, in_place, multiple_of, host))
+                prunable.append(_inspect_kind(spec, budget, output_class, kind, kept.get(kind), in_place))
                 break
             except PrunePeakError as reason:
-                whole.setdefault(kind, str(reason))
+                unprunable.setdefault(kind, str(reason))
     return Inspection(
-        model=blueprint.name,
-        model_type=blueprint.family.model_type,
-        model_class=blueprint.model_class.__name__,
-        dtype=str(dtype).removeprefix("torch."),
-        blocks=len(find_blocks(blueprint.blank, blueprint.family)),
-        sites=tuple(cuttable),
-        whole=whole,
+        model=spec.name,
+        model_type=spec.family.model_type,
+        model_class=spec.model_class.__name__,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        blocks=len(find_blocks(spec.meta_model, spec.family)),
+        sites=tuple(prunable),
+        unprunable=unprunable,
         parameters=before,
-        bytes=before * dtype.itemsize,
-        asked=budget.label,
+        bytes=before * spec.dtype.itemsize,
+        budget=budget.label,
         parameters_after=after,
-        bytes_after=after * dtype.itemsize,
+        bytes_after=after * spec.dtype.itemsize,
         share=1 - after / before,
-        written_as=target.model_class.__name__,
-        why=target.why,
-        engines=ENGINES.get(target.config.model_type, ()),
+        written_as=conversion.model_class.__name__,
+        reason=conversion.reason,
+        engines=ENGINES.get(conversion.config.model_type, ()),
     )
 
 
 def _inspect_kind(
-    blueprint: Blueprint, kind: str, kept: int | None, unit: str, in_place: bool, multiple_of: int | None, host: str
-) -> Cuttable:
-    """What becomes of a kind of site when it alone is cut, by one step where nothing is asked for.
+    spec: ModelSpec, budget: Budget, output_class: str, kind: str, kept: int | None, in_place: bool
+) -> PrunableSites:
+    """What becomes of a kind of site when it alone is pruned; by one step where nothing is asked for.
 
     Raises:
-        PrunePeakError: it cannot be cut.
+        PrunePeakError: it cannot be pruned.
     """
-    sites = find_sites(blueprint.blank, blueprint.family, [kind], unit, in_place)
-    site, step = sites[0], width_step(sites[0], multiple_of)
+    sites = find_sites(spec.meta_model, spec.family, [kind], budget.unit, in_place)
+    site, step = sites[0], sites[0].kind.step(sites[0], budget.multiple_of)
     if site.neurons <= step:
-        raise PrunePeakError(f"{step} of {site.neurons} {kind} neurons leave together, and then none is left.")
-    widths = {kind: kept or site.neurons - step}
-    target = choose_target(blueprint, sites, widths, blueprint.dtype, host)
-    constants = "nowhere: no bias takes them, so they are zero"
-    if not target.zero_filled:
-        there = find_sites(target.blank, FAMILIES[target.config.model_type], [kind], unit, in_place)[0]
-        assert there.constants is not None
-        module = there.constants.split(f".{there.block}.", 1)[1].removesuffix(".bias")
-        constants = f"to the bias of {module}" + (f", opened by {there.bias_key}" if there.bias_key else "")
-    name = target.model_class.__name__
-    return Cuttable(kind, site.neurons, step, kept or site.neurons, name, constants, in_place)
+        raise PrunePeakError(
+            f"the {kind} has {site.neurons} neurons and loses {step} at a time, so none would be left."
+        )
+    conversion = choose_conversion(
+        spec, sites, {one.name: kept or site.neurons - step for one in sites}, spec.dtype, output_class
+    )
+    folded_into = "nowhere: no bias takes them, so they are zero"
+    if not conversion.zero_filled:
+        family = FAMILIES[conversion.config.model_type]
+        written = find_sites(conversion.meta_model, family, [kind], budget.unit, in_place)[0]
+        assert written.folded_into is not None
+        module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix(".bias")
+        folded_into = f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
+    written_as = conversion.model_class.__name__
+    return PrunableSites(kind, site.neurons, step, kept or site.neurons, written_as, folded_into, in_place)
 
 
 @dataclass(frozen=True)
@@ -189,120 +173,66 @@ class Cost:
         return asdict(self)
 
 
-def estimate(
-    model: str,
-    ratio: Ratio | None = None,
-    *,
-    target_params: float | None = None,
-    target_bytes: int | None = None,
-    sites: Sequence[str] | None = None,
-    unit: str = HEAD,
-    keep_shape: bool = False,
-    fill: str = "peak",
-    refit: bool = True,
-    multiple_of: int | None = None,
-    host: str = AUTO,
-    revision: str | None = None,
-    calibration: str = SELF,
-    samples: int = SAMPLES,
-    sequence_length: int = SEQUENCE_LENGTH,
-    dtype: str | None = None,
-    seed: int = 0,
-    max_memory: int | None = None,
-    device: str = PROCESSOR,
-    stats: str | Path | None = None,
-) -> tuple[Inspection, Cost]:
+@takes(CompressOptions)
+def estimate(model: str, ratio: Ratio | None = None, **options: Any) -> tuple[Inspection, Cost]:
     """Inspect a model and time one block of it, to say what `compress` would take.
 
-    With statistics from a file, that is deciding what stays of the block, and calibrating it otherwise.
+    Args:
+        model: a folder or a Hub id.
+        {options}
 
     Raises:
-        PrunePeakError: what `compress` would refuse of the model, or of the memory.
+        PrunePeakError: whatever `compress` would refuse before it starts.
     """
-    source = open_source(model, revision)
-    budget = Budget(ratio, target_params, target_bytes, keep_shape)
-    inspection = _inspect(source, budget, sites, unit, multiple_of, host)
-    kinds = [site.kind for site in inspection.sites if site.kept < site.neurons]
-    cut = find_sites(source.blank, source.family, kinds, unit, keep_shape)
-    rules = Rules(fill, ELIMINATION if refit else DEVIATION, refit, seed)
-    statistics = None
-    if stats is not None:
-        statistics = load_statistics(Path(stats), source, cut)
-        statistics.check(cut, refit, fill == FILL_AUTO)
-        samples = statistics.options["samples"]
-        load = statistics.weigh(source, cut, rules.needs_evidence)
-    else:
-        load = weigh(source, cut, calibration, samples, sequence_length, dtype, seed, rules.needs_evidence)
-    machine = plan_machine(source, load, max_memory, device)
-    if source.sees_images:
-        held, embedding = 0, 0
-        images = choose_images(calibration, source, BATCH_IMAGES, seed) if statistics is None else statistics.windows
-        windows = images.calibration[:BATCH_IMAGES]
-        length = count_patches(source)
-    else:
-        held, length = held_out_count(samples), load.length
-        embedding = source.blank.get_input_embeddings().weight.numel()
-        windows = torch.randint(source.config.vocab_size, (2 * max(1, machine.batch_tokens // length), length))
-    block = find_blocks(source.blank, source.family)[0]
-    # Seconds that a token takes in a block, with and without statistics, and in the head
-    for_refit = rules.needs_evidence and statistics is None
-    observed, bare = _time_block(source, cut, windows, length, load.dtype, for_refit, machine)
-    head = bare * embedding / sum(parameter.numel() for parameter in block.parameters())
-    forward = bare * inspection.blocks + head
-    seconds = START_SECONDS
-    if statistics is None:
-        seconds += observed * inspection.blocks * samples * length
-    else:
-        seconds += _time_deciding(source, inspection, statistics, cut, rules) * inspection.blocks
-    seconds += forward * (held * length * (2 - inspection.share) + VERIFIED_TOKENS)
-    if load.samples_text:
-        seconds += _time_sampling(source, seed) * (samples + held) * length
-    return inspection, Cost(round(seconds / 60, 2), machine.needed, inspection.bytes_after)
+    job = prepare(model, CompressOptions(ratio=ratio, **options))
+    inspection = _inspect(job.source, job.options, job.options.output_class)
+    seconds = START_SECONDS + _time_block(job, inspection.share) * inspection.blocks
+    if job.workload.samples_text:
+        seconds += _time_sampling(job) * job.workload.tokens
+    return inspection, Cost(round(seconds / 60, 2), job.execution.needed, inspection.bytes_after)
 
 
-def _time_block(
-    source: Source,
-    sites: Sequence[Site],
-    windows: Tensor,
-    length: int,
-    dtype: torch.dtype,
-    refit: bool,
-    machine: Machine,
-) -> tuple[float, float]:
-    """Seconds a token takes in the first block: with its statistics taken, and without."""
-    batches = into_batches(windows, machine.batch_tokens)
-    sites = [site for site in sites if site.block == 0]
-    began = time.perf_counter()
-    for _ in calibrate(source, sites, batches, dtype, refit, machine):
-        pass
-    observed = time.perf_counter() - began
-    steps = BlockStream(source, batches, dtype, machine).steps()  # named, for its weights leave with it
+def _time_block(job: Job, share: float) -> float:
+    """Seconds of one block: statistics, planning, evaluation before and after, verification."""
+    source, execution, workload = job.source, job.execution, job.workload
+    calibration = job.calibrate() if job.statistics or source.sees_images else None
+    if calibration is not None:
+        windows = calibration.windows.calibration
+    else:
+        count = 2 * max(1, execution.batch_tokens // workload.length)
+        windows = torch.randint(source.config.vocab_size, (count, workload.length))
+    batches = into_batches(windows, execution.batch_tokens)[:2]
+    stream = BlockStream(source, batches, workload.dtype, execution)
+    steps = stream.steps()  # named, because its weights leave memory with it
     step = next(steps)
+    tokens = sum(step.tokens)
+    bare = _seconds(lambda: list(step.run())) / tokens
+    sites = [site for site in job.sites if site.block == 0]
+    widths = job.allocations[0]
     began = time.perf_counter()
-    for _ in step.run():
-        pass
-    bare = time.perf_counter() - began
-    tokens = len(windows) * length
-    return max(observed, bare) / tokens, bare / tokens
+    if job.statistics is not None:
+        stats = list(job.statistics.read_sites(sites, job.options.needs_covariances))
+    else:
+        stats = list(collect(source, sites, batches, workload.dtype, job.options.needs_covariances, execution))
+    observed = time.perf_counter() - began
+    pruned = [each for each in stats if each.site.name in widths]
+    planned = _seconds(lambda: [plan_site(source, each, widths[each.site.name], job.options) for each in pruned])
+    if job.statistics is None:
+        observed *= workload.tokens / tokens * (2 if len(job.allocations) > 1 else 1)  # allocations are measured first
+    evaluated = workload.tokens / 12 * (2 - share) + VERIFIED_TOKENS
+    return observed + planned + bare * evaluated
 
 
-def _time_deciding(
-    source: Source, inspection: Inspection, statistics: Statistics, sites: Sequence[Site], rules: Rules
-) -> float:
-    """Seconds that it takes to decide what stays of the first block."""
-    kept = {site.kind: site.kept for site in inspection.sites if site.kept < site.neurons}
+def _time_sampling(job: Job) -> float:
+    """Seconds per generated token: the difference between a short and a longer sample."""
+    short, longer = (
+        _seconds(lambda length=length: generate_tokens(job.source, PASSAGES, length, job.options.seed))  # type: ignore[misc]
+        for length in (SHORT_SAMPLE, LONGER_SAMPLE)
+    )
+    return max(0.0, longer - short) / (LONGER_SAMPLE - SHORT_SAMPLE) / PASSAGES
+
+
+def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
-    for site in sites:
-        if site.block == 0 and site.kind in kept:
-            choose(source, statistics.observed(site), kept[site.kind], rules)
+    work()
     return time.perf_counter() - began
-
-
-def _time_sampling(source: Source, seed: int) -> float:
-    """Seconds a token of own text takes: the difference between a short and a longer sample."""
-    seconds = []
-    for length in (SHORT_SAMPLE, LONGER_SAMPLE):
-        began = time.perf_counter()
-        sample_own_text(source, PASSAGES, length, seed)
-        seconds.append(time.perf_counter() - began)
-    return max(0.0, seconds[1] - seconds[0]) / (LONGER_SAMPLE - SHORT_SAMPLE) / PASSAGES

@@ -1,8 +1,8 @@
-"""`verify`: whether a written folder is what it claims to be.
+"""`verify()`: does a written folder compute what it must.
 
-It is the law. The folder must hold the very tensors that were written, load with the stock class with nothing missing,
-unexpected or mismatched, and compute what the original computes with the cut neurons held at their fills
-(`ablation.py`).
+The folder must contain exactly the tensors that were written, load with the stock class with nothing missing,
+unexpected or mismatched, and compute what the original computes with the pruned neurons held at their fills
+(sites/hooks.py).
 """
 
 import math
@@ -18,28 +18,32 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from .ablation import ablated
-from .arithmetic import fast_products
-from .blocks import Batch, BlockStream
-from .checkpoint import Checkpoint, digest_tensor, load_tensors
+from .conversion.choice import choose_conversion
+from .conversion.layout import Conversion
 from .errors import PrunePeakError
-from .export import PLAN_FILE, RECIPE_FILE, tell_block
-from .hosts import Target, choose_target
-from .machine import CPU, Machine
-from .selection import Choice, unpack_plan
-from .sites import KINDS, UNITS, Site, find_sites, tensors_by_block
-from .source import IMAGES, Source, open_source
-from .strangers import check_folder, read_json
+from .export.folder import prune_block
+from .export.recipe import read_plan, read_recipe
+from .io.checkpoint import Checkpoint
+from .io.tensor_files import digest_tensor
+from .models.bfloat16 import fast_products
+from .models.execution import CPU, ExecutionConfig
+from .models.families import tensors_by_block
+from .models.loading import IMAGES, Model, open_model
+from .models.streaming import Batch, BlockStream
+from .sites.finding import find_sites
+from .sites.hooks import ablated
+from .sites.plan import SitePlan
+from .sites.site import Site
 
-FLOAT32_BOUND = 2e-5  # largest difference, as a share of the logits' largest magnitude
-ROUNDING_BOUND = 1.2  # in a narrow type: distance to the exact result over the source's own distance
-PROBES, STREAMED_PROBES = 8, 4  # windows of random tokens to compare on; fewer where memory is what counts
-DECODED = 24  # tokens generated in cached decoding
+FLOAT32_BOUND = 2e-5  # largest difference, relative to the logits' largest magnitude
+ROUNDING_BOUND = 1.2  # in a narrower dtype: distance to the exact result, relative to the source's own distance
+PROBES, STREAMED_PROBES = 8, 4  # windows of random tokens to compare on; fewer for models that are streamed
+DECODED = 24  # tokens of cached decoding
 
 
 @dataclass
 class Verification:
-    """What was checked, in order; each check has a name, whether it holds, and what was seen."""
+    """The checks in order; each has a name, whether it passed, and what was measured."""
 
     checks: list[dict[str, Any]] = field(default_factory=list)
 
@@ -47,94 +51,74 @@ class Verification:
     def passed(self) -> bool:
         return all(check["passed"] for check in self.checks)
 
-    def note(self, name: str, passed: bool, seen: str) -> None:
+    def add(self, name: str, passed: bool, seen: str) -> None:
         self.checks.append({"check": name, "passed": passed, "seen": seen})
 
 
 def verify(
     folder: Path,
-    original: Source | None = None,
-    machine: Machine = Machine(),  # noqa: B008 - frozen
+    original: Model | None = None,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
 ) -> Verification:
     """Check a folder that `compress` wrote, against its own recipe and, where given, against the original.
 
     Raises:
-        PrunePeakError: the folder is not one that prune-peak wrote.
+        PrunePeakError: prune-peak did not write the folder, or it belongs to another original.
     """
     recipe = read_recipe(folder)
     result = Verification()
     _check_digests(result, folder, recipe)
-    if result.passed:
-        _check_loading(result, folder)
+    if not result.passed:
+        return result
+    written = open_model(str(folder))
+    _check_loading(result, written)
     if result.passed and original is not None:
-        plan: Mapping[str, Choice] = read_plan(folder)
         options = recipe["options"]
-        sites = find_sites(original.blank, original.family, options["sites"], options["unit"], options["keep_shape"])
-        _check_plan(sites, plan, recipe["kept"], original)
-        written = open_source(str(folder))
-        target = choose_target(original, sites, recipe["kept"], original.dtype, written.config.model_type)
+        sites = find_sites(
+            original.meta_model, original.family, options["sites"], options["unit"], options["keep_shape"]
+        )
+        kept = {name: site["kept"] for name, site in recipe["sites"].items()}
+        plan: Mapping[str, SitePlan] = read_plan(folder)
+        _check_plan(sites, plan, kept, original)
+        conversion = choose_conversion(original, sites, kept, original.dtype, written.config.model_type)
         if options["refit"]:
-            plan = RefittedPlan(plan, target, written, options)
-        _check_tensors(result, folder, target, plan)
-        _check_outputs(result, folder, original, sites, plan, machine)
+            plan = RefittedPlan(plan, original, conversion, written, options)
+        _check_tensors(result, original, written, conversion, plan)
+        _check_outputs(result, original, written, sites, plan, execution)
     return result
 
 
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe of a folder that prune-peak wrote."""
-    try:
-        check_folder(folder)
-        recipe = dict(read_json(folder / RECIPE_FILE))
-        options = recipe["options"]
-        flags = (options["refit"], options.setdefault("keep_shape", False))  # the second is newer than some folders
-        well_formed = isinstance(recipe["tensors"], dict) and all(isinstance(flag, bool) for flag in flags)
-        sites = options["sites"]
-        if not well_formed or not isinstance(sites, list) or not sites or not set(sites) <= set(KINDS):
-            raise TypeError("tensors, options.refit, options.keep_shape, options.sites")
-        if options["unit"] not in UNITS or set(recipe["kept"]) != set(sites):
-            raise TypeError("options.unit, kept")
-        if not all(type(kept) is int and kept > 0 for kept in recipe["kept"].values()):
-            raise TypeError("kept")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
-    return recipe
+class RefittedPlan(Mapping[str, SitePlan]):
+    """The plan with the refitted weights, which only the written folder has; each is read when it is needed.
 
-
-def read_plan(folder: Path) -> dict[str, Choice]:
-    """The plan of a written folder: a `Choice` for every site, by the site's name."""
-    tensors, _ = load_tensors(folder / PLAN_FILE)
-    try:
-        return unpack_plan(tensors)
-    except ValueError as error:
-        raise PrunePeakError(f"{folder / PLAN_FILE} is not a plan: {error}.") from None
-
-
-class RefittedPlan(Mapping[str, Choice]):
-    """The plan with the refitted readers, which only the written folder knows, read one by one as they are asked for.
-
-    A bias that takes the constants of two sites counts whole for the site that it belongs to.
+    A bias that takes the constants of two sites counts as a whole for the site that it belongs to.
     """
 
-    def __init__(self, plan: Mapping[str, Choice], target: Target, written: Source, options: Mapping[str, Any]) -> None:
-        assert isinstance(target.source, Source)
-        theirs = find_sites(written.blank, written.family, options["sites"], options["unit"], options["keep_shape"])
-        self._plan, self._written, self._original = plan, written, target.source
-        self._pairs = {site.name: (site, read) for site, read in zip(target.sites, theirs, strict=True)}
-        self._own = {site.bias for site in target.sites}
+    def __init__(
+        self,
+        plan: Mapping[str, SitePlan],
+        original: Model,
+        conversion: Conversion,
+        written: Model,
+        options: Mapping[str, Any],
+    ) -> None:
+        sites = find_sites(written.meta_model, written.family, options["sites"], options["unit"], options["keep_shape"])
+        self._plan, self._original, self._written = plan, original, written
+        self._pairs = {site.name: (site, other) for site, other in zip(conversion.sites, sites, strict=True)}
+        self._biases = {site.bias for site in conversion.sites}
 
-    def __getitem__(self, name: str) -> Choice:
-        site, read = self._pairs[name]
-        choice, weight = self._plan[name], read.as_matrix(self._written.read(read.weight)).float()
-        if site.in_place:
-            weight = weight[:, choice.keep]
+    def __getitem__(self, name: str) -> SitePlan:
+        site, written_site = self._pairs[name]
+        plan, written = self._plan[name], self._written
+        weight = site.kind.reduce(written_site.as_matrix(written.read(written_site.weight)).float(), plan.keep)
         bias = torch.zeros(site.hidden)
-        if site.constants == site.bias or (site.constants is not None and site.constants not in self._own):
-            assert read.constants is not None
-            bias = self._written.read(read.constants).float()
-            if site.constants != site.bias and site.constants in self._original.names:
-                bias = bias - self._original.read(site.constants).float()
-        self._written.checkpoint.release()
-        return replace(choice, weight=weight, bias=bias)
+        if site.folded_into == site.bias or (site.folded_into is not None and site.folded_into not in self._biases):
+            assert written_site.folded_into is not None
+            bias = written.read(written_site.folded_into).float()
+            if site.folded_into != site.bias and site.folded_into in self._original.names:
+                bias = bias - self._original.read(site.folded_into).float()
+        written.checkpoint.release()
+        return replace(plan, weight=weight, bias=bias)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plan)
@@ -143,25 +127,22 @@ class RefittedPlan(Mapping[str, Choice]):
         return len(self._plan)
 
 
-def _check_plan(sites: Sequence[Site], plan: Mapping[str, Choice], kept: Mapping[str, int], original: Source) -> None:
+def _check_plan(sites: Sequence[Site], plan: Mapping[str, SitePlan], kept: Mapping[str, int], original: Model) -> None:
     for site in sites:
-        choice = plan.get(site.name)
-        if choice is None or not _fits(choice, site, kept[site.kind]):
-            raise PrunePeakError(f"{original.name} is not the original of this folder: its {site.name} does not fit.")
+        site_plan = plan.get(site.name)
+        if site_plan is None or site.name not in kept or not _fits(site_plan, site, kept[site.name]):
+            raise PrunePeakError(
+                f"{original.name} is not the original of this folder: its {site.name} does not fit the plan."
+            )
 
 
-def _fits(choice: Choice, site: Site, kept: int) -> bool:
-    keep, fill, narrowing = choice.keep, choice.fill, choice.narrowing
+def _fits(plan: SitePlan, site: Site, kept: int) -> bool:
+    keep, fill = plan.keep, plan.fill
     if fill.shape != (site.neurons,) or fill.dtype is not torch.float32 or not bool(fill.isfinite().all()):
         return False
     if keep.dtype is not torch.int64 or keep.shape != (kept,) or not 0 <= keep[0] <= keep[-1] < site.neurons:
         return False
-    if not bool((keep.diff() > 0).all()):
-        return False
-    if narrowing is None or not site.narrowed:
-        return narrowing is None and not site.narrowed
-    shape = (site.groups, kept // site.groups, site.neurons // site.groups)
-    return narrowing.query.shape == narrowing.key.shape == shape
+    return bool((keep.diff() > 0).all()) and site.kind.fits(site, plan)
 
 
 def _check_digests(result: Verification, folder: Path, recipe: Mapping[str, Any]) -> None:
@@ -174,87 +155,83 @@ def _check_digests(result: Verification, folder: Path, recipe: Mapping[str, Any]
             changed.append(name)
         checkpoint.release()
     seen = f"{len(expected)} tensors as written" if not changed else f"changed since written: {', '.join(changed[:3])}"
-    result.note("tensors are those that were written", not changed, seen)
+    result.add("tensors are those that were written", not changed, seen)
 
 
-def _check_loading(result: Verification, folder: Path) -> None:
-    """Stock transformers opens the folder with nothing left over."""
-    source = open_source(str(folder))
-    model, info = source.model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+def _check_loading(result: Verification, written: Model) -> None:
+    """Stock transformers loads the folder with no key left over."""
+    model, info = written.model_class.from_pretrained(written.folder, dtype="auto", output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    name = f"{source.model_class.__name__} of transformers {transformers.__version__}"
-    result.note(
-        "loads with the stock class",
-        not wrong,
-        f"{name}: nothing missing, unexpected or mismatched" if not wrong else f"{name}: {wrong}",
-    )
+    name = f"{written.model_class.__name__} of transformers {transformers.__version__}"
+    seen = f"{name}: {wrong or 'nothing missing, unexpected or mismatched'}"
+    result.add("loads with the stock class", not wrong, seen)
     del model
 
 
-def _check_tensors(result: Verification, folder: Path, target: Target, plan: Mapping[str, Choice]) -> None:
-    """What was copied is the original's; what was cut or folded is what the plan makes of it."""
-    original, written = target.source, open_source(str(folder))
-    assert isinstance(original, Source)
+def _check_tensors(
+    result: Verification, original: Model, written: Model, conversion: Conversion, plan: Mapping[str, SitePlan]
+) -> None:
+    """Copied tensors equal the original's, sliced and folded ones what the plan gives."""
     differing = []
-    unsaid = set(written.names)
-    for block in tensors_by_block(original.blank, original.family):
-        for name, tensor in tell_block(target, plan, block).items():
-            unsaid.discard(name)
-            if not torch.equal(written.read(name), tensor.to(written.read(name).dtype)):
+    others = set(written.names)
+    for block in tensors_by_block(original.meta_model, original.family):
+        for name, tensor in prune_block(original, conversion, plan, block).items():
+            others.discard(name)
+            found = written.read(name)
+            if not torch.equal(found, tensor.to(found.dtype)):
                 differing.append(name)
         original.checkpoint.release()
         written.checkpoint.release()
-    differing += [name for name in sorted(unsaid) if bool(written.read(name).any())]
-    seen = "all as the plan makes them" if not differing else f"not what the plan makes: {', '.join(differing[:3])}"
-    result.note("tensors are the original's, cut and folded", not differing, seen)
+    differing += [name for name in sorted(others) if bool(written.read(name).any())]  # these must be zero biases
+    seen = f"differ from the plan: {', '.join(differing[:3])}" if differing else "all as the plan gives them"
+    result.add("tensors are the original's, sliced and folded", not differing, seen)
 
 
 def _check_outputs(
     result: Verification,
-    folder: Path,
-    original: Source,
+    original: Model,
+    written: Model,
     sites: Sequence[Site],
-    plan: Mapping[str, Choice],
-    machine: Machine,
+    plan: Mapping[str, SitePlan],
+    execution: ExecutionConfig,
 ) -> None:
     """The function is the ablated original's, in prefill and in cached decoding."""
-    whole = original.size <= machine.whole_size
+    whole = original.size <= execution.whole_size
     batches = probe_batches(original, PROBES if whole else STREAMED_PROBES)
     hooks = Hooks(sites, plan)
-    written = open_source(str(folder))
 
-    def run(source: Source, dtype: torch.dtype, hooks: Hooks | None, teacher: Outputs | None = None) -> Outputs:
+    def run(model: Model, dtype: torch.dtype, hooks: Hooks | None, teacher: Outputs | None = None) -> Outputs:
         if whole:
-            return Whole(source, dtype, hooks).run(batches, teacher)
-        return _stream(source, batches, dtype, hooks, machine)
+            return Whole(model, dtype, hooks).run(batches, teacher)
+        return _stream(model, batches, dtype, hooks, execution)
 
     exact = run(original, torch.float32, hooks)
     if original.dtype is torch.float32:
-        _note_float32(result, exact, run(written, torch.float32, None, exact))
+        _add_float32(result, exact, run(written, torch.float32, None, exact))
         return
     dtype = original.dtype
-    theirs = run(original, dtype, hooks, exact)
-    if not theirs.finite:  # float16 files of a model that overflows in float16
+    reference = run(original, dtype, hooks, exact)
+    if not reference.finite:  # float16 files of a model that overflows in float16
         dtype = torch.bfloat16
-        theirs = run(original, dtype, hooks, exact)
-    _note_rounding(result, exact, theirs, run(written, dtype, None, exact))
+        reference = run(original, dtype, hooks, exact)
+    _add_rounding(result, exact, reference, run(written, dtype, None, exact))
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """The ablation to run the original under."""
+    """The ablation of the original."""
 
     sites: Sequence[Site]
-    plan: Mapping[str, Choice]
+    plan: Mapping[str, SitePlan]
 
     def on(self, model: PreTrainedModel, block: int | None = None) -> AbstractContextManager[None]:
-        """The hooks of one block, or of all."""
+        """Hold the neurons of one block, or of all."""
         return ablated(model, [site for site in self.sites if block in (None, site.block)], self.plan)
 
 
 @dataclass
 class Outputs:
-    """Logits of the real (not padded) tokens, by stage, and the tokens that were decoded."""
+    """Logits of all tokens but padding, by stage, and the decoded tokens."""
 
     logits: dict[str, Tensor]
     decoded: Tensor | None = None
@@ -264,14 +241,14 @@ class Outputs:
         return all(bool(logits.isfinite().all()) for logits in self.logits.values())
 
 
-def probe_batches(source: Source, probes: int) -> list[Batch]:
-    """What to compare outputs on: noise for images; or random tokens, in full windows and left-padded ones."""
-    generator, config = torch.Generator().manual_seed(0), source.config
-    if source.sees_images:
+def probe_batches(model: Model, probes: int) -> list[Batch]:
+    """Inputs to compare outputs on: noise images; or random tokens, in full windows and left-padded ones."""
+    generator, config = torch.Generator().manual_seed(0), model.config
+    if model.sees_images:
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return [{IMAGES: torch.randn(probes, config.num_channels, height, width, generator=generator)}]
-    longest = source.positions or 128
+    longest = model.positions or 128
     length = max(2, min(96, longest - DECODED))
     full = torch.randint(config.vocab_size, (probes, length), generator=generator)
     padded = torch.randint(config.vocab_size, (probes, length // 2), generator=generator)
@@ -280,17 +257,17 @@ def probe_batches(source: Source, probes: int) -> list[Batch]:
 
 
 class Whole:
-    """A model held whole, by stock transformers, under its hooks."""
+    """A stock model with all its weights in memory, under its hooks."""
 
-    def __init__(self, source: Source, dtype: torch.dtype, hooks: Hooks | None = None) -> None:
-        self.model = source.model_class.from_pretrained(source.folder, dtype=dtype).eval()
+    def __init__(self, model: Model, dtype: torch.dtype, hooks: Hooks | None = None) -> None:
+        self.model = model.model_class.from_pretrained(model.folder, dtype=dtype).eval()
         self.hooks = hooks
 
     @torch.inference_mode()
     def run(self, batches: Sequence[Batch], teacher: Outputs | None = None) -> Outputs:
-        """Prefill of every batch; then greedy decoding with a cache after the first, along the teacher's tokens."""
+        """Prefill of every batch; then greedy decoding with a cache after the first, following the teacher's tokens."""
         with fast_products(), self.hooks.on(self.model) if self.hooks else nullcontext():
-            logits = _tell_prefills(batches, [self.model(**batch) for batch in batches])
+            logits = _collect_prefills(batches, [self.model(**batch) for batch in batches])
             if not self.model.can_generate():
                 return Outputs(logits)
             cache = DynamicCache(config=self.model.config)
@@ -306,62 +283,63 @@ class Whole:
 
 
 def _stream(
-    source: Source, batches: Sequence[Batch], dtype: torch.dtype, hooks: Hooks | None, machine: Machine
+    model: Model, batches: Sequence[Batch], dtype: torch.dtype, hooks: Hooks | None, execution: ExecutionConfig
 ) -> Outputs:
-    stream = BlockStream(source, batches, dtype, replace(machine, spills=False, device=CPU))  # few tokens, and exact
+    in_memory = replace(execution, hidden_states_on_disk=False, device=CPU)  # few tokens
+    stream = BlockStream(model, batches, dtype, in_memory)
     for step in tqdm(stream.steps(), total=stream.blocks, desc="verify", unit="block"):
         with hooks.on(stream.model, step.index) if hooks else nullcontext():
             for _ in step.run():
                 pass
     with hooks.on(stream.model, stream.blocks) if hooks else nullcontext():
         outputs = list(stream.outputs())
-    return Outputs(_tell_prefills(batches, outputs))
+    return Outputs(_collect_prefills(batches, outputs))
 
 
-def _tell_prefills(batches: Sequence[Batch], outputs: Sequence[Any]) -> dict[str, Tensor]:
-    """What a model answers to every batch; also what it pools, where that comes after what it answers first."""
-    told = {}
+def _collect_prefills(batches: Sequence[Batch], outputs: Sequence[Any]) -> dict[str, Tensor]:
+    """The logits of every batch, and the pooled output where a model has one besides."""
+    logits = {}
     for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
-        told[f"prefill {number}"] = _real(batch, output)
+        logits[f"prefill {number}"] = _without_padding(batch, output)
         if getattr(output, "pooler_output", None) is not None:
-            told[f"pooled {number}"] = output.pooler_output.float()
-    return told
+            logits[f"pooled {number}"] = output.pooler_output.float()
+    return logits
 
 
-def _real(batch: Batch, output: Any) -> Tensor:
+def _without_padding(batch: Batch, output: Any) -> Tensor:
     logits: Tensor = (output.logits if hasattr(output, "logits") else output[0]).float()
     mask = batch.get("attention_mask")
-    per_token = logits.dim() == 3  # a classifier answers once a window
+    per_token = logits.dim() == 3  # not a classifier
     return logits[mask.bool()] if mask is not None and per_token else logits
 
 
-def _note_float32(result: Verification, exact: Outputs, ours: Outputs) -> None:
+def _add_float32(result: Verification, exact: Outputs, written: Outputs) -> None:
     for stage, expected in exact.logits.items():
-        scale = max(expected.abs().max().item(), 1e-30)  # a model may answer nothing but zeros
-        difference = (ours.logits[stage] - expected).abs().max().item() / scale
+        scale = max(expected.abs().max().item(), 1e-30)  # all outputs may be zero
+        difference = (written.logits[stage] - expected).abs().max().item() / scale
         seen = f"largest difference {difference:.1e} of the largest logit, bound {FLOAT32_BOUND:.0e}"
-        result.note(f"same function in float32, {stage}", difference < FLOAT32_BOUND, seen)
-    if exact.decoded is not None and ours.decoded is not None:
-        # where the two best logits are closer than the bound, either token is the greedy one
+        result.add(f"same function in float32, {stage}", difference < FLOAT32_BOUND, seen)
+    if exact.decoded is not None and written.decoded is not None:
+        # where the two best logits are closer than the bound, either token is greedy
         best = exact.logits["cached decoding"].topk(2).values
         clear = best[..., 0] - best[..., 1] > 2 * FLOAT32_BOUND * best.abs().max()
-        equal = bool((exact.decoded == ours.decoded)[clear].all())
-        result.note("same greedy tokens", equal, f"{int(clear.sum())} tokens compared")
+        equal = bool((exact.decoded == written.decoded)[clear].all())
+        result.add("same greedy tokens", equal, f"{int(clear.sum())} tokens compared")
 
 
-def _note_rounding(result: Verification, exact: Outputs, theirs: Outputs, ours: Outputs) -> None:
+def _add_rounding(result: Verification, exact: Outputs, reference: Outputs, written: Outputs) -> None:
     for stage in exact.logits:
-        own_error, error = (_typical_distance(outputs, exact, stage) for outputs in (theirs, ours))
+        own_error, error = (_typical_distance(outputs, exact, stage) for outputs in (reference, written))
         seen = f"distance to the exact result {error:.2e}, the original's own {own_error:.2e}, bound x{ROUNDING_BOUND}"
-        result.note(f"same function but for rounding, {stage}", error <= ROUNDING_BOUND * own_error, seen)
+        result.add(f"same function except for rounding, {stage}", error <= ROUNDING_BOUND * own_error, seen)
 
 
 def _typical_distance(outputs: Outputs, exact: Outputs, stage: str) -> float:
     """Root mean square over the vocabulary, then the geometric mean over tokens.
 
-    A mean over tokens would be that of the few in which rounding happens to tip an attention sink: over several sets
-    of probes it put one and the same checkpoint at 0.7 to 1.8 times the original's own distance; this one, at 0.92 to
-    1.08 (docs/log.md).
+    An arithmetic mean over tokens is dominated by the few in which rounding tips an attention sink: over several
+    sets of probes it put the same checkpoint at 0.7 to 1.8 times the original's own distance; this one, at 0.92 to 1.08
+    (docs/log.md).
     """
     distances = (outputs.logits[stage] - exact.logits[stage]).square().mean(-1).sqrt()
     return math.exp(distances.clamp_min(1e-30).log().mean().item())

@@ -25,8 +25,8 @@ def _quiet() -> None:
 def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture takes half a second; tests that look at one are marked `draws`."""
     if request.node.get_closest_marker("draws") is None:
-        monkeypatch.setattr("prune_peak.study.can_draw", lambda: False)
-        monkeypatch.setattr("prune_peak.card._draw", lambda path, recipe: False)
+        monkeypatch.setattr("prune_peak.studies.ablation.can_draw", lambda: False)
+        monkeypatch.setattr("prune_peak.export.card._draw", lambda path, recipe: False)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ LAW_TABLE = Path(__file__).parent.parent / "docs" / "law.md"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-docs", action="store_true", help="write docs/law.md from what the tests measure")
+    parser.addoption("--write-docs", action="store_true", help="write docs/law.md and the map in CONTRIBUTING.md")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,7 +52,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def law_table(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
-    """Rows that the tests of the law add, one a case; `pytest tests/test_law.py --write-docs` keeps them."""
+    """Rows that the tests of the law add, one a case; `pytest tests/test_site_kinds.py --write-docs` keeps them."""
     rows: list[tuple[str, ...]] = []
     yield rows
     if request.config.getoption("--write-docs"):
@@ -79,7 +79,7 @@ The largest difference between the logits of the written checkpoint and those of
 a share of the largest logit, in float32; the bound is 2e-5. Tiny random models of stock classes, other neurons cut in
 every block; a left-padded batch, a full one (of images, where those are seen), and 24 tokens decoded with a cache.
 `before` and `after` are parameters.
-Made by `pytest tests/test_law.py --write-docs`.
+Made by `pytest tests/test_site_kinds.py --write-docs`.
 """
 
 
@@ -93,9 +93,9 @@ def _one_seed() -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled text is cached apart from the user's."""
-    import prune_peak.texts
+    import prune_peak.data.self_generated
 
-    monkeypatch.setattr(prune_peak.texts, "HF_HOME", tmp_path_factory.getbasetemp() / "hf-home")
+    monkeypatch.setattr(prune_peak.data.self_generated, "HF_HOME", tmp_path_factory.getbasetemp() / "hf-home")
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ class Server:
 
 
 def _command(words: list[str], names: Sequence[Path], fault: tuple[Any, ...]) -> None:
-    from prune_peak.cli import main
+    from prune_peak.cli.main import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     for stream, name in ((1, names[0]), (2, names[1])):

@@ -42,20 +42,22 @@ from hypothesis import strategies as st
 from transformers.utils import logging as transformers_logging
 from valid import BUDGET, make_all
 
-from prune_peak.analysis import _find_neuron
-from prune_peak.budget import Budget
-from prune_peak.cells import CellFile
-from prune_peak.cli import Bytes, Kinds, Ratio
+from prune_peak.cli.parameters import Bytes, Names, Ratio
 from prune_peak.compression import compress
+from prune_peak.data.images import choose_images
+from prune_peak.data.texts import read_windows
 from prune_peak.errors import PrunePeakError
-from prune_peak.images import choose_images
+from prune_peak.export.recipe import read_plan, read_recipe
 from prune_peak.inspection import inspect
-from prune_peak.planning import Rules, choose
-from prune_peak.sites import find_sites
-from prune_peak.source import Source, open_source
-from prune_peak.stats_file import load_statistics
-from prune_peak.texts import read_windows
-from prune_peak.verification import read_plan, read_recipe, verify
+from prune_peak.models.loading import Model, open_model
+from prune_peak.options import AUTO, Budget, PruningOptions
+from prune_peak.pruning.budget import find_allocations
+from prune_peak.pruning.site_pruning import plan_site
+from prune_peak.sites.finding import find_sites
+from prune_peak.stats.stats_file import load_statistics
+from prune_peak.studies.analysis import _find_neuron
+from prune_peak.studies.trials import TrialLog
+from prune_peak.verification import verify
 
 SECONDS = 60  # that one input may take
 MEMORY = 6 * 2**30  # bytes of address space, of which the imports take one
@@ -162,23 +164,23 @@ class Parser:
 
 def read_checkpoint(folder: Path) -> None:
     for name in ("model", "sharded", "legacy", "vit"):
-        source = open_source(str(folder / name))
+        source = open_model(str(folder / name))
         for tensor in source.names:
             source.read(tensor)
-        find_sites(source.blank, source.family, ("mlp",))
+        find_sites(source.meta_model, source.family, ("mlp",))
     inspect(str(folder / "model"))
 
 
 def read_statistics(folder: Path) -> None:
     source = _opened(folder, "model")
-    sites = find_sites(source.blank, source.family, ("mlp",))
+    sites = find_sites(source.meta_model, source.family, ("mlp",))
     for name in ("model", "gram", "tape"):
         statistics = load_statistics(folder / f"{name}.stats", source, sites)
         for site in sites:
-            observed = statistics.observed(site)
+            observed = statistics.read_site(site)
             observed.stats.summarize()
-            if observed.gathered is not None:
-                choose(source, observed, site.neurons // 2, Rules())
+            if observed.accumulator is not None:
+                plan_site(source, observed, site.neurons // 2, PruningOptions())
 
 
 def read_written(folder: Path) -> None:
@@ -213,10 +215,10 @@ def read_images(folder: Path) -> None:
 
 
 def read_cells(folder: Path) -> None:
-    path = folder / "cells.jsonl"
+    path = folder / "trials.jsonl"
     kept = path.read_bytes()
     try:
-        with CellFile(path, {"model": "x", "seed": 0}):
+        with TrialLog(path, {"model": "x", "seed": 0}):
             pass
     finally:
         path.write_bytes(kept)
@@ -227,16 +229,16 @@ def read_options(folder: Path) -> None:
     ratio, size, kinds, neuron = ([*text.split("|"), "", "", ""])[:4]
     source = _opened(folder, "model")
     asked = (
-        lambda: _find_neuron(find_sites(source.blank, source.family, ("mlp", "attention")), neuron),
-        lambda: find_sites(source.blank, source.family, Kinds().convert(kinds, None, None)),
+        lambda: _find_neuron(find_sites(source.meta_model, source.family, ("mlp", "attention")), neuron),
+        lambda: find_sites(source.meta_model, source.family, Names().convert(kinds, None, None)),
         lambda: Budget(target_bytes=Bytes().convert(size, None, None)),
-        lambda: Budget(Ratio().convert(ratio, None, None)),
+        lambda: Budget(ratio=Ratio().convert(ratio, None, None)),
     )
     for ask in asked:
         try:
             found = ask()
             if isinstance(found, Budget):
-                found.splits(source, find_sites(source.blank, source.family, found.kinds(None)))
+                find_allocations(source, find_sites(source.meta_model, source.family, found.kinds), found, AUTO)
         except (PrunePeakError, click.UsageError):
             if ask is asked[-1]:
                 raise
@@ -251,16 +253,16 @@ PARSERS = {
     "images": Parser(read_images, ("images/*", "vit/preprocessor_config.json")),
     "options": Parser(read_options, ("options",)),
     "tokenizer": Parser(read_tokenizer, ("model/tokenizer*.json",)),
-    "cells": Parser(read_cells, ("cells.jsonl",)),
+    "cells": Parser(read_cells, ("trials.jsonl",)),
 }
-SOURCES: dict[Path, Source] = {}
+SOURCES: dict[Path, Model] = {}
 
 
-def _opened(folder: Path, name: str) -> Source:
+def _opened(folder: Path, name: str) -> Model:
     """A model that is not damaged in this parser."""
     path = folder / name
     if path not in SOURCES:
-        SOURCES[path] = open_source(str(path))
+        SOURCES[path] = open_model(str(path))
     return SOURCES[path]
 
 
@@ -367,7 +369,7 @@ def main(names: tuple[str, ...], minutes: float, found: Path) -> None:
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     folder = make_all(Path(tempfile.mkdtemp(prefix="fuzz-")))
-    (folder / "cells.jsonl").write_text(
+    (folder / "trials.jsonl").write_text(
         '{"model": "x", "seed": 0}\n'
         '{"site": "mlp", "fill": "peak", "fraction": 0.1, "seed": 0, "losses": [1.0, 2.0], "hits": [0.5, 0.5]}\n'
     )

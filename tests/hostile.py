@@ -46,7 +46,7 @@ class Payload:
         return eval, (f"open(__import__('os').environ['{CANARY}'] + '/{CANARY}', 'w')",)
 
 
-CODE = f"import os\nopen(os.environ['{CANARY}'] + '/{CANARY}', 'w')\nraise SystemExit('code of a stranger')\n"
+CODE = f"import os\nopen(os.environ['{CANARY}'] + '/{CANARY}', 'w')\nraise SystemExit('untrusted code')\n"
 
 
 # What damages -----------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def refitting(stats: str) -> tuple[str, ...]:
 
 GO_ON = ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "{}/text.txt", *SHORT[:-3])
 GO_ON = (*GO_ON, "--output", "{}/stopped", "-q")
-VERIFY = ("verify", "{}/cut", "--model", "{}/model", "-q")
+VERIFY = ("verify", "{}/cut", "--original", "{}/model", "-q")
 
 C, MAP, H = "model/config.json", "sharded/model.safetensors.index.json", "model/model.safetensors"
 NORM = "model.norm.weight"  # the last tensor in the file
@@ -301,7 +301,7 @@ BROKEN_JSON: dict[str, tuple[str | bytes, str]] = {
     "list": ("[1, 2]", ""),
     "null": ("null", ""),
     "not UTF-8": (b'{"a": "\xff"}', ""),
-    "brackets without end": (DEEP, ""),
+    "nested too deeply": (DEEP, ""),
     "a number of 5000 digits": ('{"a": ' + "9" * 5000 + "}", ""),
 }
 
@@ -316,14 +316,14 @@ def broken(name: str, words: str, **others: str) -> dict[str, tuple[Damage, str]
 
 
 INVALID = "is not a valid llama config"
-APART = "The two do not belong together"
+MISMATCH = "Use the config and the weights of one model"
 CONFIG = {
     **broken(C, "config.json"),
-    "a device by link": (link(C, "/dev/zero"), "a link out of its folder"),
-    "links in a circle": (all_of(link(C, "b"), link("model/b", "config.json")), "a link out of its folder"),
-    "a link to nowhere": (link(C, "gone.json"), "neither a file nor a folder"),
-    "a folder": (make_folder(C), "is not readable JSON"),
-    "gone": (remove(C), "holds no config.json"),
+    "link to a device": (link(C, "/dev/zero"), "a link out of its folder"),
+    "circular links": (all_of(link(C, "b"), link("model/b", "config.json")), "a link out of its folder"),
+    "dangling link": (link(C, "gone.json"), "neither a file nor a folder"),
+    "folder": (make_folder(C), "is not readable JSON"),
+    "missing": (remove(C), "contains no config.json"),
     "no type": (config(model_type=DROP), "the model type None, which is not supported"),
     "type a number": (config(model_type=5), "the model type 5"),
     "type a list": (config(model_type=["llama"]), "the model type ['llama']"),
@@ -333,71 +333,71 @@ CONFIG = {
     "experts": (config(model_type="mixtral", num_local_experts=8), "a mixture of experts"),
     "multimodal": (config(model_type="llava", text_config={}), "a multimodal wrapper"),
     "quantized": (config(quantization_config={"quant_method": "gptq"}), "a quantized checkpoint"),
-    "code of its own": (
+    "custom code": (
         all_of(config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), put("model/mine.py", CODE)),
-        "code of its own ('mine'), which is never run",
+        "custom code ('mine'), which is never run",
     ),
-    "a class of its own": (
+    "custom class": (
         all_of(
             config(architectures=["Mine"], auto_map={"AutoModelForCausalLM": "mine.Mine"}), put("model/mine.py", CODE)
         ),
         "Custom code is never run",
     ),
-    "class of another family": (config(architectures=["OPTForCausalLM"]), "is no stock llama class"),
-    "class that is none": (config(architectures=["Trainer"]), "is no stock llama class"),
-    "class by path": (config(architectures=["../../evil"]), "is no stock llama class"),
+    "class of another family": (config(architectures=["OPTForCausalLM"]), "expected a stock llama class"),
+    "class that is none": (config(architectures=["Trainer"]), "expected a stock llama class"),
+    "class by path": (config(architectures=["../../evil"]), "expected a stock llama class"),
     "classes in an object": (config(architectures={"a": 1}), INVALID),
-    "class a number": (config(architectures=[5]), "is no stock llama class"),
-    "attention from the Hub": (config(attn_implementation="evil/kernel"), "code from the Hub. It is never run"),
+    "class a number": (config(architectures=[5]), "expected a stock llama class"),
+    "attention from the Hub": (config(attn_implementation="evil/kernel"), "code from the Hub and is never run"),
     "attention from the Hub, inner key": (config(_attn_implementation_internal={"": "evil/kernel"}), "code from the"),
     "attention unknown": (config(attn_implementation="evil"), INVALID),
-    "weights elsewhere": (config(transformers_weights="../vit/model.safetensors"), "names weights of its own"),
-    "an adapter": (change("model/adapter_config.json", base_model_name_or_path="/etc"), "holds an adapter"),
-    "width 10^9": (config(hidden_size=10**9), APART),
+    "weights elsewhere": (config(transformers_weights="../vit/model.safetensors"), "sets transformers_weights to"),
+    "an adapter": (change("model/adapter_config.json", base_model_name_or_path="/etc"), "contains an adapter"),
+    "width 10^9": (config(hidden_size=10**9), MISMATCH),
     "width -1": (config(hidden_size=-1), INVALID),
-    "width 0": (config(hidden_size=0), APART),
-    "width of words": (config(hidden_size="wide"), INVALID),
+    "width 0": (config(hidden_size=0), MISMATCH),
+    "width string": (config(hidden_size="wide"), INVALID),
     "width null": (config(hidden_size=None), INVALID),
     "width one and a half": (config(hidden_size=1.5), INVALID),
     "width infinite": (config(hidden_size=float("inf")), INVALID),
     "width 10^40": (config(hidden_size=10**40), INVALID),
-    "neurons 10^9": (config(intermediate_size=10**9), APART),
-    "neurons 0": (config(intermediate_size=0), APART),
+    "neurons 10^9": (config(intermediate_size=10**9), MISMATCH),
+    "neurons 0": (config(intermediate_size=0), MISMATCH),
     "neurons -64": (config(intermediate_size=-64), INVALID),
     "neurons a list": (config(intermediate_size=[64]), INVALID),
     "heads 10^9": (config(num_attention_heads=10**9), "is not a multiple of the number of attention heads"),
     "heads 0": (config(num_attention_heads=0), INVALID),
     "heads -4": (config(num_attention_heads=-4), INVALID),
     "heads 3": (config(num_attention_heads=3), INVALID),
-    "groups 10^9": (config(num_key_value_heads=10**9), APART),
+    "groups 10^9": (config(num_key_value_heads=10**9), MISMATCH),
     "groups 0": (config(num_key_value_heads=0), INVALID),
-    "groups 3": (config(num_key_value_heads=3), APART),
-    "head 10^9 wide": (config(head_dim=10**9), "asks for tables of"),
+    "groups 3": (config(num_key_value_heads=3), MISMATCH),
+    "head 10^9 wide": (config(head_dim=10**9), "needs tables of"),
     "head 0 wide": (config(head_dim=0), INVALID),
     "blocks 10^9": (config(num_hidden_layers=10**9), "expected 1 to 1000"),
     "blocks 10^9 of GPT-2": (other_config("gpt2", n_layer=10**9), "expected 1 to 1000"),
     "blocks 10^9 of DistilBERT": (other_config("distilbert", n_layers=10**9), "expected 1 to 1000"),
     "blocks 0": (config(num_hidden_layers=0), "expected 1 to 1000"),
     "blocks -1": (config(num_hidden_layers=-1), "expected 1 to 1000"),
-    "blocks of words": (config(num_hidden_layers="many"), "expected 1 to 1000"),
-    "blocks that are not there": (config(num_hidden_layers=3), "lacks 9 tensors"),
-    "blocks left over": (config(num_hidden_layers=1), "no place for"),
-    "vocabulary 10^9": (config(vocab_size=10**9), APART),
+    "blocks string": (config(num_hidden_layers="many"), "expected 1 to 1000"),
+    "missing blocks": (config(num_hidden_layers=3), "lacks 9 tensors"),
+    "surplus blocks": (config(num_hidden_layers=1), "not part of"),
+    "vocabulary 10^9": (config(vocab_size=10**9), MISMATCH),
     "vocabulary 0": (config(vocab_size=0), INVALID),
     "vocabulary -1": (config(vocab_size=-1), INVALID),
     "labels 10^9": (config(num_labels=10**9), "expected 1 to 1000000"),
-    "positions 10^9 of GPT-J": (other_config("gptj", n_positions=10**9), "asks for tables of"),
-    "positions of words": (config(max_position_embeddings="far"), INVALID),
+    "positions 10^9 of GPT-J": (other_config("gptj", n_positions=10**9), "needs tables of"),
+    "positions string": (config(max_position_embeddings="far"), INVALID),
     "padding 10^9": (config(pad_token_id=10**9), INVALID),
     "activation unknown": (config(hidden_act="os.system"), INVALID),
     "activation a list": (config(hidden_act=["silu"]), INVALID),
     "rotary a list": (config(rope_parameters=[1]), INVALID),
     "rotary of an unknown kind": (config(rope_parameters={"rope_type": "evil", "rope_theta": 1.0}), INVALID),
-    "rotary of words": (config(rope_parameters={"rope_type": "default", "rope_theta": "x"}), INVALID),
-    "epsilon of words": (config(rms_norm_eps="small"), INVALID),
-    "epsilon not a number": (config(rms_norm_eps=float("nan")), "not finite"),
-    "type of numbers a function": (config(dtype="save"), INVALID),
-    "type of numbers unknown": (config(dtype="float9"), INVALID),
+    "rotary string": (config(rope_parameters={"rope_type": "default", "rope_theta": "x"}), INVALID),
+    "epsilon string": (config(rms_norm_eps="small"), INVALID),
+    "epsilon NaN": (config(rms_norm_eps=float("nan")), "not finite"),
+    "dtype a function": (config(dtype="save"), INVALID),
+    "unknown dtype": (config(dtype="float9"), INVALID),
     **broken("model/generation_config.json", "generation_config.json"),
 }
 
@@ -426,22 +426,22 @@ INDEX = {
     "map empty": (change(MAP, weight_map={}), "lacks 21 tensors"),
     "shard a number": (where(5), "must map names to file names"),
     "shard a list": (where([FIRST]), "must map names to file names"),
-    "shard above": (where("../model/model.safetensors"), "lies outside its folder"),
-    "shard by absolute path": (where("/etc/passwd"), "lies outside its folder"),
-    "shard below": (where("sub/model.safetensors"), "lies outside its folder"),
-    "shard hidden": (where(".model.safetensors"), "lies outside its folder"),
-    "shard without a name": (where(""), "is not there"),
-    "shard the folder above": (where(".."), "lies outside its folder"),
-    "shard with a zero byte": (where("model\0.safetensors"), "is not there"),
-    "shard of half a surrogate": (where("model\ud800.safetensors"), "is not there"),
-    "shard of a long name": (where("x" * 5000), "is not there"),
+    "shard above": (where("../model/model.safetensors"), "is outside its folder"),
+    "shard by absolute path": (where("/etc/passwd"), "is outside its folder"),
+    "shard below": (where("sub/model.safetensors"), "is outside its folder"),
+    "shard hidden": (where(".model.safetensors"), "is outside its folder"),
+    "shard without a name": (where(""), "does not exist"),
+    "shard the folder above": (where(".."), "is outside its folder"),
+    "shard with a zero byte": (where("model\0.safetensors"), "does not exist"),
+    "shard of half a surrogate": (where("model\ud800.safetensors"), "does not exist"),
+    "shard of a long name": (where("x" * 5000), "does not exist"),
     "shard with escapes": (where(ESCAPES), r"\x1b]0;owned"),
-    "shard not there": (where("model-00005-of-00004.safetensors"), "is not there"),
-    "shard of another tensor": (where(FIRST), "which does not hold it"),
-    "tensor not there": (index(**{"model.none.weight": FIRST}), "which does not hold it"),
+    "missing shard": (where("model-00005-of-00004.safetensors"), "does not exist"),
+    "shard of another tensor": (where(FIRST), "which does not contain it"),
+    "missing tensor": (index(**{"model.none.weight": FIRST}), "which does not contain it"),
     "shard a link out": (link(f"sharded/{FIRST}", "/etc/hostname"), "a link out of its folder"),
     "shard a pipe": (pipe(f"sharded/{FIRST}"), "neither a file nor a folder"),
-    "shard a folder": (make_folder(f"sharded/{FIRST}"), "is not there"),
+    "shard a folder": (make_folder(f"sharded/{FIRST}"), "does not exist"),
     "shard empty": (put(f"sharded/{FIRST}", ""), "not a readable safetensors file"),
 }
 
@@ -452,19 +452,19 @@ HEADER = {
     "of zero bytes": (header(H, lambda told: None, 0), UNREADABLE),
     "of 2^60 bytes": (header(H, lambda told: None, 2**60), UNREADABLE),
     "of 2^64 bytes": (header(H, lambda told: None, 2**64 - 1), UNREADABLE),
-    "longer than it is": (header(H, lambda told: None, 10**5), UNREADABLE),
+    "too long": (header(H, lambda told: None, 10**5), UNREADABLE),
     "not JSON": (header(H, lambda told: b"{" * 100), UNREADABLE),
     "a list": (header(H, lambda told: b"[]      "), UNREADABLE),
     "not UTF-8": (header(H, lambda told: b"\xff" * 8), UNREADABLE),
-    "brackets without end": (header(H, lambda told: DEEP.encode()), UNREADABLE),
+    "nested too deeply": (header(H, lambda told: DEEP.encode()), UNREADABLE),
     "of no tensors": (header(H, lambda told: {}), UNREADABLE),
     "truncated data": (cut_off(H, -100), UNREADABLE),
-    "data behind": (lambda folder: put(H, (folder / H).read_bytes() + b"more")(folder), UNREADABLE),
+    "trailing data": (lambda folder: put(H, (folder / H).read_bytes() + b"more")(folder), UNREADABLE),
     "overlapping tensors": (header(H, entry(NORM, data_offsets=[0, 128])), UNREADABLE),
     "offsets backwards": (header(H, entry(NORM, data_offsets=[128, 0])), UNREADABLE),
     "offsets beyond the end": (header(H, entry(NORM, data_offsets=[2**40, 2**40 + 128])), UNREADABLE),
     "offsets negative": (header(H, entry(NORM, data_offsets=[-128, 0])), UNREADABLE),
-    "offsets of words": (header(H, entry(NORM, data_offsets=["a", "b"])), UNREADABLE),
+    "offsets string": (header(H, entry(NORM, data_offsets=["a", "b"])), UNREADABLE),
     "one offset": (header(H, entry(NORM, data_offsets=[0])), UNREADABLE),
     "type unknown": (header(H, entry(NORM, dtype="F33")), UNREADABLE),
     "type with escapes": (header(H, entry(NORM, dtype=ESCAPES)), UNREADABLE),
@@ -472,42 +472,42 @@ HEADER = {
         tensors(H, lambda held: held.update({NORM: held[NORM].to(torch.float8_e4m3fn)})),
         "F8_E4M3",
     ),
-    "whole numbers for weights": (
+    "integer weights": (
         tensors(H, lambda held: held.update({NORM: held[NORM].long()})),
         "is stored as torch.int64",
     ),
-    "truth values for weights": (
+    "boolean weights": (
         tensors(H, lambda held: {n: t.bool() for n, t in held.items()}),
         "is stored as torch.bool",
     ),
     "shape of other size": (header(H, entry(NORM, shape=[33])), UNREADABLE),
     "shape negative": (header(H, entry(NORM, shape=[-32])), UNREADABLE),
     "shape that overflows": (header(H, entry(NORM, shape=[2**62, 2**62])), UNREADABLE),
-    "shape of words": (header(H, entry(NORM, shape=["a"])), UNREADABLE),
-    "shape of no axes": (tensors(H, lambda held: held.update({NORM: held[NORM][0]})), APART),
-    "shape transposed": (tensors(H, lambda held: held.update({DOWN: held[DOWN].T})), APART),
-    "shape too short": (tensors(H, lambda held: held.update({NORM: held[NORM][:-1]})), APART),
+    "shape string": (header(H, entry(NORM, shape=["a"])), UNREADABLE),
+    "scalar shape": (tensors(H, lambda held: held.update({NORM: held[NORM][0]})), MISMATCH),
+    "shape transposed": (tensors(H, lambda held: held.update({DOWN: held[DOWN].T})), MISMATCH),
+    "shape too short": (tensors(H, lambda held: held.update({NORM: held[NORM][:-1]})), MISMATCH),
     "metadata a list": (header(H, lambda told: told.update(__metadata__=[])), UNREADABLE),
     "metadata of numbers": (header(H, lambda told: told.update(__metadata__={"a": 1})), UNREADABLE),
-    "a tensor gone": (tensors(H, lambda held: held.pop(NORM)), "lacks 1 tensors"),
-    "a tensor more": (tensors(H, lambda held: held.update(more=torch.ones(1))), "no place for"),
-    "a tensor more, with escapes": (tensors(H, lambda held: held.update({ESCAPES: torch.ones(1)})), r"\x1b]0;owned"),
-    "a tensor twice": (header(H, lambda told: json.dumps(told).replace("lm_head.weight", NORM).encode()), UNREADABLE),
+    "missing tensor": (tensors(H, lambda held: held.pop(NORM)), "lacks 1 tensors"),
+    "extra tensor": (tensors(H, lambda held: held.update(more=torch.ones(1))), "not part of"),
+    "extra tensor, with escapes": (tensors(H, lambda held: held.update({ESCAPES: torch.ones(1)})), r"\x1b]0;owned"),
+    "duplicate tensor": (header(H, lambda told: json.dumps(told).replace("lm_head.weight", NORM).encode()), UNREADABLE),
     "a tensor by two names": (
         tensors(H, lambda held: held.update({"norm.weight": held[NORM].clone()})),
         "are the same tensor",
     ),
-    "a weight not a number": (tensors(H, lambda held: held[DOWN].view(-1)[7].fill_(float("nan"))), "not finite"),
-    "a weight infinite": (tensors(H, lambda held: held[DOWN].view(-1)[7].fill_(float("inf"))), "not finite"),
-    "a head not a number": (
+    "NaN weight": (tensors(H, lambda held: held[DOWN].view(-1)[7].fill_(float("nan"))), "not finite"),
+    "infinite weight": (tensors(H, lambda held: held[DOWN].view(-1)[7].fill_(float("inf"))), "not finite"),
+    "NaN head": (
         tensors(H, lambda held: held["lm_head.weight"].fill_(float("nan"))),
-        "tensor 'lm_head.weight' holds values that are not finite",
+        "tensor 'lm_head.weight' contains values that are not finite",
     ),
-    "a folder": (make_folder(H), "holds no weights"),
-    "a pipe": (pipe(H), "neither a file nor a folder"),
-    "a link out": (link(H, "/etc/hostname"), "a link out of its folder"),
-    "a device by link": (link(H, "/dev/zero"), "a link out of its folder"),
-    "gone": (remove(H), "holds no weights"),
+    "folder": (make_folder(H), "contains no weights"),
+    "pipe": (pipe(H), "neither a file nor a folder"),
+    "link out": (link(H, "/etc/hostname"), "a link out of its folder"),
+    "link to a device": (link(H, "/dev/zero"), "a link out of its folder"),
+    "missing": (remove(H), "contains no weights"),
 }
 
 BIN = "legacy/pytorch_model.bin"
@@ -523,51 +523,51 @@ LEGACY = {
     "text": (put(BIN, "<html>404</html>"), PICKLE),
     "truncated": (cut_off(BIN, -1000), PICKLE),
     "a zip without tensors": (lambda folder: zipfile.ZipFile(folder / BIN, "w").close(), PICKLE),
-    "a zip bomb": (rezipped(zipfile.ZIP_DEFLATED), "unpacks to more than it holds"),
-    "overlapping parts": (overlapping, "unpacks to more than it holds"),
+    "a zip bomb": (rezipped(zipfile.ZIP_DEFLATED), "unpacks to more than its size"),
+    "overlapping parts": (overlapping, "unpacks to more than its size"),
     "a list": (pickled([torch.ones(1)]), "more than named tensors"),
     "a number": (pickled(5), "more than named tensors"),
     "a training state": (pickled({"model": {"a": torch.ones(1)}, "step": 3}), "more than named tensors"),
     "numbers for names": (pickled({5: torch.ones(1)}), "more than named tensors"),
     "a tensor of one number that claims 10^18": (
         state(lambda held: held.update({NORM: torch.ones(1).expand(10**9, 10**9)})),
-        "larger than what is stored",
+        "larger than its stored data",
     ),
     "a sparse tensor": (
         state(lambda held: held.update({NORM: torch.sparse_coo_tensor([[0]], [1.0], (10**9,))})),
-        "larger than what is",
+        "larger than its stored data",
     ),
     "a quantized tensor": (
         state(lambda held: held.update({NORM: torch.quantize_per_tensor(torch.ones(32), 1.0, 0, torch.qint8)})),
         "qint8",
     ),
     "complex numbers": (state(lambda held: held.update({NORM: held[NORM].to(torch.complex64)})), "complex64"),
-    "a tensor gone": (state(lambda held: held.pop(NORM)), "lacks 1 tensors"),
-    "a tensor more": (state(lambda held: held.update(more=torch.ones(1))), "no place for"),
-    "a weight not a number": (state(lambda held: held[DOWN].view(-1)[7].fill_(float("nan"))), "not finite"),
-    "an index that leads out": (
+    "missing tensor": (state(lambda held: held.pop(NORM)), "lacks 1 tensors"),
+    "extra tensor": (state(lambda held: held.update(more=torch.ones(1))), "not part of"),
+    "NaN weight": (state(lambda held: held[DOWN].view(-1)[7].fill_(float("nan"))), "not finite"),
+    "index out of the folder": (
         change("legacy/pytorch_model.bin.index.json", weight_map={NORM: "../model/model.safetensors"}),
-        "lies outside",
+        "is outside its folder",
     ),
-    "a pipe": (pipe(BIN), "neither a file nor a folder"),
+    "pipe": (pipe(BIN), "neither a file nor a folder"),
 }
 
 T, TC = "model/tokenizer.json", "model/tokenizer_config.json"
-NO_TOKENIZER = "holds no tokenizer that transformers can load"
+NO_TOKENIZER = "has no tokenizer that transformers can load"
 TOKENIZER = {
     **{name: case for name, case in broken(T, NO_TOKENIZER).items() if "5000" not in name},
     **{name: case for name, case in broken(TC, NO_TOKENIZER).items() if "5000" not in name},
-    "gone": (remove(T, TC), NO_TOKENIZER),
+    "missing": (remove(T, TC), NO_TOKENIZER),
     "of an unknown kind": (change_inside(T, "model", "type", to="Evil"), NO_TOKENIZER),
     "without a vocabulary": (change_inside(T, "model", "vocab", to=DROP), NO_TOKENIZER),
-    "vocabulary of words": (change_inside(T, "model", "vocab", to={"a": "b"}), NO_TOKENIZER),
-    "tokens of 10^9": (change_inside(T, "model", "vocab", "e", to=10**9), "gives the token 1000000000"),
-    "merges of nothing": (change_inside(T, "model", "merges", to=[["xx", "yy"]]), NO_TOKENIZER),
+    "vocabulary string": (change_inside(T, "model", "vocab", to={"a": "b"}), NO_TOKENIZER),
+    "token id 10^9": (change_inside(T, "model", "vocab", "e", to=10**9), "produces the token 1000000000"),
+    "unknown merges": (change_inside(T, "model", "merges", to=[["xx", "yy"]]), NO_TOKENIZER),
     "empty vocabulary": (
         all_of(change_inside(T, "model", "vocab", to={}), change_inside(T, "model", "merges", to=[])),
         "the tokenizer fails",
     ),
-    "a class of its own": (
+    "custom class": (
         all_of(
             change(TC, tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]}),
             change(C, model_type="llama", tokenizer_class="Mine"),
@@ -577,40 +577,40 @@ TOKENIZER = {
         NO_TOKENIZER,
     ),
     "special tokens of numbers": (change(TC, bos_token=5), NO_TOKENIZER),
-    "templates that lead out": (
+    "template link out": (
         link("model/additional_chat_templates/x.jinja", "/etc/hostname"),
         "a link out of its folder",
     ),
 }
 
 TEXT = {
-    "gone": (remove("text.txt"), "is not a readable UTF-8 text"),
-    "empty": (put("text.txt", ""), "holds 0 tokens"),
+    "missing": (remove("text.txt"), "is not a readable UTF-8 text"),
+    "empty": (put("text.txt", ""), "has 0 tokens"),
     "short": (put("text.txt", "a b"), "fewer than one window"),
     "not UTF-8": (put("text.txt", b"\xff\xfe\xfa"), "is not a readable UTF-8 text"),
     "UTF-16": (put("text.txt", "The quick brown fox".encode("utf-16")), "is not a readable UTF-8 text"),
-    "a folder": (make_folder("text.txt"), "not a file"),
-    "a pipe": (pipe("text.txt"), "not a file"),
-    "a device by link": (link("text.txt", "/dev/zero"), "not a file"),
+    "folder": (make_folder("text.txt"), "not a file"),
+    "pipe": (pipe("text.txt"), "not a file"),
+    "link to a device": (link("text.txt", "/dev/zero"), "not a file"),
 }
 LINES = 'line 2: expected an object with a "text"'
 GOOD = '{"text": "good"}\n'
 JSONL = {
-    "empty": (put("text.jsonl", ""), "holds 0 tokens"),
+    "empty": (put("text.jsonl", ""), "has 0 tokens"),
     "not JSON": (put("text.jsonl", GOOD + "good\n"), LINES),
     "a list": (put("text.jsonl", GOOD + "[1]\n"), LINES),
     "a number": (put("text.jsonl", GOOD + "1\n"), LINES),
     "no text": (put("text.jsonl", GOOD + '{"body": "x"}\n'), LINES),
     "a text of numbers": (put("text.jsonl", GOOD + '{"text": 5}\n'), LINES),
     "a text of nothing": (put("text.jsonl", GOOD + '{"text": null}\n'), LINES),
-    "half a surrogate": (put("text.jsonl", GOOD + '{"text": "\\ud800"}\n'), LINES),
-    "brackets without end": (put("text.jsonl", GOOD + DEEP + "\n"), LINES),
-    "a line left out": (put("text.jsonl", GOOD + "\n" + GOOD), LINES),
-    "a pipe": (pipe("text.jsonl"), "not a file"),
+    "lone surrogate": (put("text.jsonl", GOOD + '{"text": "\\ud800"}\n'), LINES),
+    "nested too deeply": (put("text.jsonl", GOOD + DEEP + "\n"), LINES),
+    "empty line": (put("text.jsonl", GOOD + "\n" + GOOD), LINES),
+    "pipe": (pipe("text.jsonl"), "not a file"),
 }
 
 V, P = "vit/config.json", "vit/preprocessor_config.json"
-NO_IMAGE, NO_PROCESSOR = "is not an image that can be read", "holds no image processor that transformers can load"
+NO_IMAGE, NO_PROCESSOR = "is not a readable image", "has no image processor that transformers can load"
 IMAGES = {
     "a text": (put("images/a.png", "hello"), NO_IMAGE),
     "empty": (put("images/a.png", ""), NO_IMAGE),
@@ -619,21 +619,24 @@ IMAGES = {
     "a bomb of 50000 x 50000": (picture(50_000, 50_000), NO_IMAGE),
     "of no width": (picture(0, 24), NO_IMAGE),
     "of 2^31 lines": (picture(1, 2**31 - 1), NO_IMAGE),
-    "a strip": (picture(20_000, 4), "expected sides that differ at most 50 times"),
+    "a strip": (picture(20_000, 4), "expected a ratio of the sides of at most 50"),
     "a program": (put("images/a.eps", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n"), NO_IMAGE),
     "a drawing": (put("images/a.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>'), NO_IMAGE),
     "a pickle": (put("images/a.png", pickle.dumps(Payload())), NO_IMAGE),
-    "nothing but a pipe": (all_of(remove("images"), make_folder("images"), pipe("images/a.png")), "holds no image"),
-    "none": (all_of(remove("images"), make_folder("images")), "holds no image"),
+    "nothing but a pipe": (all_of(remove("images"), make_folder("images"), pipe("images/a.png")), "has no image"),
+    "none": (all_of(remove("images"), make_folder("images")), "has no image"),
     "name with escapes": (put(f"images/{ESCAPES}", "x"), r"\x1b]0;owned"),
     **{name: case for name, case in broken(P, NO_PROCESSOR).items() if "5000" not in name},
-    "processor gone": (remove(P), NO_PROCESSOR),
+    "missing processor": (remove(P), NO_PROCESSOR),
     "resized to 10^9": (change(P, size={"height": 10**9, "width": 10**9}), "expected 1 to 4096"),
     "resized to -1": (change(P, size={"height": -1, "width": 24}), "expected 1 to 4096"),
-    "resized to words": (change(P, size={"height": "a", "width": 24}), NO_PROCESSOR),
-    "resized to another size": (change(P, size={"height": 32, "width": 32}), "does not take what its image processor"),
-    "means of words": (change(P, image_mean="a"), "the image processor"),
-    "a processor of its own": (
+    "resized to a string": (change(P, size={"height": "a", "width": 24}), NO_PROCESSOR),
+    "resized to another size": (
+        change(P, size={"height": 32, "width": 32}),
+        "does not accept the output of its image processor",
+    ),
+    "means string": (change(P, image_mean="a"), "the image processor"),
+    "custom processor": (
         all_of(
             change(P, image_processor_type="Mine", auto_map={"AutoImageProcessor": "mine.Mine"}),
             put("vit/mine.py", CODE),
@@ -641,20 +644,20 @@ IMAGES = {
         NO_PROCESSOR,
     ),
     "patch 0": (change(V, patch_size=0), "is not a valid vit config"),
-    "image 10^9": (change(V, image_size=10**9), APART),
-    "labels left out": (change(V, id2label={}, label2id={}), "has no place for"),
+    "image 10^9": (change(V, image_size=10**9), MISMATCH),
+    "missing labels": (change(V, id2label={}, label2id={}), "not part of"),
 }
 
 S = "model.stats"
-NO_STATS = "is not a file of statistics"
+NO_STATS = "is not a statistics file"
 M = "prune_peak_statistics"
 FIELD = f"{SITE}/stats/"
 NOT_ALL = "does not hold all of"
 STATS = {
-    "gone": (remove(S), "is not a readable safetensors file"),
+    "missing": (remove(S), "is not a readable safetensors file"),
     "empty": (put(S, ""), UNREADABLE),
-    "a pipe": (pipe(S), "(not a file)"),
-    "a folder": (make_folder(S), "(not a file)"),
+    "pipe": (pipe(S), "(not a file)"),
+    "folder": (make_folder(S), "(not a file)"),
     "weights": (lambda folder: shutil.copy(folder / H, folder / S), NO_STATS),
     "header of 2^60 bytes": (header(S, lambda told: None, 2**60), UNREADABLE),
     "no metadata": (header(S, lambda told: told.pop("__metadata__") and None), NO_STATS),
@@ -663,12 +666,12 @@ STATS = {
     "metadata brackets without end": (header(S, metadata(M, lambda about: DEEP)), NO_STATS),
     "of another model": (header(S, metadata(M, lambda about: about | {"model": "x"})), "of another model"),
     "options a list": (header(S, metadata(M, lambda about: about | {"options": []})), NO_STATS),
-    "options gone": (header(S, metadata(M, lambda about: about | {"options": {}})), NO_STATS),
-    "type of numbers unknown": (
+    "missing options": (header(S, metadata(M, lambda about: about | {"options": {}})), NO_STATS),
+    "unknown dtype": (
         header(S, metadata(M, lambda about: about | {"options": about["options"] | {"dtype": "evil"}})),
         NO_STATS,
     ),
-    "samples of words": (
+    "samples string": (
         header(S, metadata(M, lambda about: about | {"options": about["options"] | {"samples": "x"}})),
         NO_STATS,
     ),
@@ -680,14 +683,14 @@ STATS = {
         for name, value in (("samples", None), ("samples", 10**18), ("sequence_length", 10**18), ("seed", "x"))
     },
     "text a number": (header(S, metadata(M, lambda about: about | {"text": 5})), NO_STATS),
-    "a site gone": (
+    "missing site": (
         tensors(S, lambda held: {n: t for n, t in held.items() if not n.startswith(FIELD)}),
         "of every site",
     ),
-    "a field gone": (tensors(S, lambda held: held.pop(f"{FIELD}sum")), NOT_ALL),
-    "a field more": (tensors(S, lambda held: held.update({f"{FIELD}evil": torch.ones(1)})), NOT_ALL),
-    "a sum not a number": (tensors(S, lambda held: held[f"{FIELD}sum"].fill_(float("nan"))), NOT_ALL),
-    "a sum of whole numbers": (
+    "missing field": (tensors(S, lambda held: held.pop(f"{FIELD}sum")), NOT_ALL),
+    "extra field": (tensors(S, lambda held: held.update({f"{FIELD}evil": torch.ones(1)})), NOT_ALL),
+    "NaN sum": (tensors(S, lambda held: held[f"{FIELD}sum"].fill_(float("nan"))), NOT_ALL),
+    "integer sum": (
         tensors(S, lambda held: held.update({f"{FIELD}sum": held[f"{FIELD}sum"].long()})),
         NOT_ALL,
     ),
@@ -696,12 +699,12 @@ STATS = {
     "no tokens": (tensors(S, lambda held: held[f"{FIELD}counts"].zero_()), NOT_ALL),
     "tokens negative": (tensors(S, lambda held: held[f"{FIELD}counts"].neg_()), NOT_ALL),
     "windows of 10^9": (tensors(S, lambda held: held["held_out"].fill_(10**9)), NO_STATS),
-    "windows of noise": (tensors(S, lambda held: held.update(held_out=torch.rand(2, 2))), NO_STATS),
-    "windows gone": (tensors(S, lambda held: held.pop("held_out")), NO_STATS),
+    "windows of random floats": (tensors(S, lambda held: held.update(held_out=torch.rand(2, 2))), NO_STATS),
+    "missing windows": (tensors(S, lambda held: held.pop("held_out")), NO_STATS),
 }
 
 GRAMS, TAPES = "gram.stats", "tape.stats"
-PRODUCTS, ROWS = f"{SITE}/grams/fitted/", f"{SITE}/tape/"
+PRODUCTS, ROWS = f"{SITE}/gram/fitted/", f"{SITE}/activations/"
 
 
 def field(file: str, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
@@ -713,22 +716,22 @@ def nan(tensor: torch.Tensor) -> torch.Tensor:
 
 
 GRAM = {
-    "a product not a number": (field(GRAMS, f"{PRODUCTS}products", nan), NOT_ALL),
+    "NaN product": (field(GRAMS, f"{PRODUCTS}products", nan), NOT_ALL),
     "products too few": (field(GRAMS, f"{PRODUCTS}products", lambda values: values[:-1]), NOT_ALL),
-    "products of whole numbers": (field(GRAMS, f"{PRODUCTS}products", lambda values: values.long()), NOT_ALL),
-    "products that cannot be": (field(GRAMS, f"{PRODUCTS}products", lambda values: -values), "makes no sense"),
-    "a sum of products not a number": (field(GRAMS, f"{PRODUCTS}sum", nan), NOT_ALL),
+    "integer products": (field(GRAMS, f"{PRODUCTS}products", lambda values: values.long()), NOT_ALL),
+    "negative products": (field(GRAMS, f"{PRODUCTS}products", lambda values: -values), "are not positive definite"),
+    "NaN sum of products": (field(GRAMS, f"{PRODUCTS}sum", nan), NOT_ALL),
     "a short sum of products": (field(GRAMS, f"{PRODUCTS}sum", lambda values: values[:-1]), NOT_ALL),
     "a pivot of 10^7": (field(GRAMS, f"{PRODUCTS}pivot", lambda values: torch.zeros(10**7)), NOT_ALL),
     "products of no tokens": (field(GRAMS, f"{PRODUCTS}count", torch.zeros_like), NOT_ALL),
-    "products of tokens of words": (field(GRAMS, f"{PRODUCTS}count", lambda count: count[None].repeat(2)), NOT_ALL),
-    "power not a number": (field(GRAMS, f"{SITE}/power/median", nan), NOT_ALL),
+    "count with two elements": (field(GRAMS, f"{PRODUCTS}count", lambda count: count[None].repeat(2)), NOT_ALL),
+    "NaN power": (field(GRAMS, f"{SITE}/power/median", nan), NOT_ALL),
     "power 0": (field(GRAMS, f"{SITE}/power/median", torch.zeros_like), NOT_ALL),
-    "products gone": (tensors(GRAMS, lambda held: held.pop(f"{PRODUCTS}products")), NOT_ALL),
+    "missing products": (tensors(GRAMS, lambda held: held.pop(f"{PRODUCTS}products")), NOT_ALL),
 }
 TAPE = {
-    "a row not a number": (field(TAPES, f"{ROWS}rows", nan), NOT_ALL),
-    "rows of whole numbers": (field(TAPES, f"{ROWS}rows", lambda rows: rows.long()), NOT_ALL),
+    "NaN row": (field(TAPES, f"{ROWS}rows", nan), NOT_ALL),
+    "integer rows": (field(TAPES, f"{ROWS}rows", lambda rows: rows.long()), NOT_ALL),
     "rows of fewer neurons": (field(TAPES, f"{ROWS}rows", lambda rows: rows[:, 1:]), NOT_ALL),
     "rows of one axis": (field(TAPES, f"{ROWS}rows", lambda rows: rows.flatten()), NOT_ALL),
     "no rows": (field(TAPES, f"{ROWS}rows", lambda rows: rows[:0]), NOT_ALL),
@@ -745,38 +748,40 @@ NO_RECIPE, NO_FIT = "is not a folder that prune-peak wrote", "does not fit"
 KEEP, FILL = f"{SITE}.keep", f"{SITE}.fill"
 PLAN = {
     **broken(R, NO_RECIPE),
-    "recipe gone": (remove(R), NO_RECIPE),
-    "options gone": (change(R, options=DROP), NO_RECIPE),
-    "sites of words": (change_inside(R, "options", "sites", to="mlp"), NO_RECIPE),
+    "missing recipe": (remove(R), NO_RECIPE),
+    "missing options": (change(R, options=DROP), NO_RECIPE),
+    "sites string": (change_inside(R, "options", "sites", to="mlp"), NO_RECIPE),
     "sites unknown": (change_inside(R, "options", "sites", to=["evil"]), NO_RECIPE),
-    "no sites": (all_of(change_inside(R, "options", "sites", to=[]), change(R, kept={})), NO_RECIPE),
+    "no sites": (change_inside(R, "options", "sites", to=[]), NO_RECIPE),
     "sites of lists": (change_inside(R, "options", "sites", to=[["mlp"]]), NO_RECIPE),
     "unit unknown": (change_inside(R, "options", "unit", to="evil"), NO_RECIPE),
-    "refit of words": (change_inside(R, "options", "refit", to="yes"), NO_RECIPE),
-    "kept gone": (change(R, kept=DROP), NO_RECIPE),
-    "kept of words": (change(R, kept={"mlp": "all"}), NO_RECIPE),
-    "kept -1": (change(R, kept={"mlp": -1}), NO_RECIPE),
-    "kept 10^9": (change(R, kept={"mlp": 10**9}), NO_FIT),
-    "kept of another kind": (change(R, kept={"attention": 1}), NO_RECIPE),
+    "refit string": (change_inside(R, "options", "refit", to="yes"), NO_RECIPE),
+    "no widths": (change(R, sites=DROP), NO_RECIPE),
+    "widths a list": (change(R, sites=[]), NO_RECIPE),
+    "width string": (change_inside(R, "sites", SITE, to={"kept": "all"}), NO_RECIPE),
+    "a width of -1": (change_inside(R, "sites", SITE, to={"kept": -1}), NO_RECIPE),
+    "a width of 10^9": (change_inside(R, "sites", SITE, to={"kept": 10**9}), NO_FIT),
+    "a site without a width": (change_inside(R, "sites", SITE, to={}), NO_RECIPE),
+    "the widths of other sites": (change(R, sites={"evil": {"kept": 1}}), NO_FIT),
     "tensors a list": (change(R, tensors=[]), NO_RECIPE),
-    "plan gone": (remove(N), UNREADABLE),
+    "missing plan": (remove(N), UNREADABLE),
     "plan empty": (put(N, ""), UNREADABLE),
     "plan a pipe": (pipe(N), "neither a file nor a folder"),
     "plan a link out": (link(N, "/etc/hostname"), "a link out of its folder"),
     "plan with a header of 2^60 bytes": (header(N, lambda told: None, 2**60), UNREADABLE),
     "plan of something else": (lambda folder: shutil.copy(folder / S, folder / N), "is not a plan"),
-    "a site gone": (tensors(N, lambda held: {n: t for n, t in held.items() if not n.startswith(SITE)}), NO_FIT),
+    "missing site": (tensors(N, lambda held: {n: t for n, t in held.items() if not n.startswith(SITE)}), NO_FIT),
     "no kept neurons": (tensors(N, lambda held: held.update({KEEP: held[KEEP][:0]})), NO_FIT),
-    "a kept neuron gone": (tensors(N, lambda held: held.update({KEEP: held[KEEP][1:]})), NO_FIT),
+    "missing kept neuron": (tensors(N, lambda held: held.update({KEEP: held[KEEP][1:]})), NO_FIT),
     "a kept neuron beyond the last": (tensors(N, lambda held: held[KEEP][-1].fill_(10**9)), NO_FIT),
     "a kept neuron negative": (tensors(N, lambda held: held[KEEP][0].fill_(-1)), NO_FIT),
     "kept neurons twice": (tensors(N, lambda held: held[KEEP][1].copy_(held[KEEP][0])), NO_FIT),
     "kept neurons backwards": (tensors(N, lambda held: held.update({KEEP: held[KEEP].flip(0)})), NO_FIT),
-    "kept neurons of fractions": (tensors(N, lambda held: held.update({KEEP: held[KEEP].float()})), NO_FIT),
-    "a fill not a number": (tensors(N, lambda held: held[FILL].fill_(float("nan"))), NO_FIT),
-    "a fill gone": (tensors(N, lambda held: held.pop(FILL)), "is not a plan"),
+    "fractional kept neurons": (tensors(N, lambda held: held.update({KEEP: held[KEEP].float()})), NO_FIT),
+    "NaN fill": (tensors(N, lambda held: held[FILL].fill_(float("nan"))), NO_FIT),
+    "missing fill": (tensors(N, lambda held: held.pop(FILL)), "is not a plan"),
     "a short fill": (tensors(N, lambda held: held.update({FILL: held[FILL][:-1]})), NO_FIT),
-    "a narrowing that has no place": (
+    "unexpected narrowing": (
         tensors(N, lambda held: held.update({f"{SITE}.query": torch.ones(1), f"{SITE}.key": torch.ones(1)})),
         NO_FIT,
     ),
@@ -787,15 +792,21 @@ PLAN = {
 G = "stopped.partial"
 PROGRESS = {
     **{
-        name: (damage, "asked for something else")
+        name: (damage, "different options")
         for name, (damage, _) in broken(f"{G}/run.json", "").items()
         if "link" not in name
     },
-    "question gone": (change(f"{G}/run.json", question=DROP), "asked for something else"),
-    "question a list": (change(f"{G}/run.json", question=[]), "asked for something else"),
-    "another question": (change_inside(f"{G}/run.json", "question", "seed", to=1), "asked for something else (seed)"),
-    "answers a list of numbers": (change(f"{G}/run.json", answers=[1]), "asked for something else"),
-    "another calibration": (change(f"{G}/run.json", answers={"calibration": "x"}), "over another calibration"),
+    "missing fingerprint": (change(f"{G}/run.json", fingerprint=DROP), "different options"),
+    "fingerprint a list": (change(f"{G}/run.json", fingerprint=[]), "different options"),
+    "other options": (
+        change_inside(f"{G}/run.json", "fingerprint", "seed", to=1),
+        "different options (seed)",
+    ),
+    "found a list of numbers": (change(f"{G}/run.json", found=[1]), "different options"),
+    "other calibration": (
+        change(f"{G}/run.json", found={"calibration": "x"}),
+        "belongs to an unfinished run with another calibration",
+    ),
     "a link": (all_of(remove(G), link(G, "model")), "stopped.partial is a file"),
     "a file": (all_of(remove(G), put(G, "x")), "stopped.partial is a file"),
     "checkpoint a link out": (all_of(remove(f"{G}/checkpoint"), link(f"{G}/checkpoint", "../model")), "a link out"),
@@ -804,11 +815,11 @@ PROGRESS = {
 }
 
 GGUF = {
-    "tokens of 10^9": (change_inside("cut/tokenizer.json", "model", "vocab", "zz", to=10**9), "the token 1000000000"),
+    "token id 10^9": (change_inside("cut/tokenizer.json", "model", "vocab", "zz", to=10**9), "the token 1000000000"),
     "tokenizer of an unknown kind": (change_inside("cut/tokenizer.json", "model", "type", to="Evil"), NO_TOKENIZER),
     "config empty": (put("cut/config.json", ""), "is not readable JSON"),
     "weights a pipe": (pipe("cut/model.safetensors"), "neither a file nor a folder"),
-    "a weight more": (tensors("cut/model.safetensors", lambda held: held.update(more=torch.ones(1))), "no place for"),
+    "extra weight": (tensors("cut/model.safetensors", lambda held: held.update(more=torch.ones(1))), "not part of"),
 }
 
 KINDS = {
@@ -825,43 +836,43 @@ KINDS = {
     "tape": Kind(("model", TAPES), refitting(TAPES), TAPE),
     "plan": Kind(("cut", "model", "model.stats"), VERIFY, PLAN),
     "stopped run": Kind(("stopped.partial", "model", "text.txt"), GO_ON, PROGRESS),
-    "gguf": Kind(("cut",), ("export-gguf", "{}/cut", "{}/out.gguf", "-q"), GGUF),
+    "gguf": Kind(("cut",), ("export", "{}/cut", "{}/out.gguf", "--format", "gguf", "-q"), GGUF),
 }
 
 # Words that are wrong by themselves: name: (command, words of the error, exit code)
 BARE = ("compress", "--model", "{}/model", "--calibration", "{}/text.txt", *SHORT)
 OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
-    "ratio of words": ((*BARE, "--ratio", "lots"), "expected a number", 2),
-    "ratio not a number": ((*BARE, "--ratio", "nan"), "must lie between 0 and 1", 2),
-    "ratio infinite": ((*BARE, "--ratio", "inf"), "must lie between 0 and 1", 2),
-    "ratio 0": ((*BARE, "--ratio", "0"), "must lie between 0 and 1", 2),
-    "ratio 1": ((*BARE, "--ratio", "1"), "must lie between 0 and 1", 2),
-    "ratio -1": ((*BARE, "--ratio", "-1"), "must lie between 0 and 1", 2),
+    "ratio string": ((*BARE, "--ratio", "lots"), "expected a number", 2),
+    "ratio NaN": ((*BARE, "--ratio", "nan"), "must be between 0 and 1", 2),
+    "ratio infinite": ((*BARE, "--ratio", "inf"), "must be between 0 and 1", 2),
+    "ratio 0": ((*BARE, "--ratio", "0"), "must be between 0 and 1", 2),
+    "ratio 1": ((*BARE, "--ratio", "1"), "must be between 0 and 1", 2),
+    "ratio -1": ((*BARE, "--ratio", "-1"), "must be between 0 and 1", 2),
     "ratio with escapes": ((*BARE, "--ratio", ESCAPES), r"\x1b]0;owned", 2),
     "ratio of nothing": ((*BARE, "--ratio", "mlp="), "expected a number", 2),
     "ratio of an unknown kind": ((*BARE, "--ratio", "evil=0.3"), "expected", 2),
     "ratio twice": ((*BARE, "--ratio", "mlp=0.3=0.4"), "expected a number", 2),
-    "no ratio": (BARE, "how much to cut", 2),
-    "bytes of words": ((*BARE, "--target-bytes", "lots"), "expected a size", 2),
+    "no ratio": (BARE, "how much to prune", 2),
+    "bytes string": ((*BARE, "--target-bytes", "lots"), "expected a size", 2),
     "bytes infinite": ((*BARE, "--target-bytes", "1e999GB"), "expected a size", 2),
     "bytes negative": ((*BARE, "--target-bytes", "-5GB"), "expected a size", 2),
     "bytes too few": ((*BARE, "--target-bytes", "1B"), "the target cannot be reached", 1),
     "share of parameters 2": ((*BARE, "--target-params", "2"), "expected a share", 2),
-    "share of parameters not a number": ((*BARE, "--target-params", "nan"), "expected a share", 2),
+    "share of parameters NaN": ((*BARE, "--target-params", "nan"), "expected a share", 2),
     "sites unknown": ((*BARE, "--ratio", "0.3", "--sites", "evil"), "evil", 2),
     "no sites": ((*BARE, "--ratio", "0.3", "--sites", ""), "expected mlp, attention", 2),
-    "samples 0": ((*BARE, "--ratio", "0.3", "--samples", "0"), "at least one window", 2),
-    "window of 1": ((*BARE, "--ratio", "0.3", "--sequence-length", "1"), "at least 2 tokens", 2),
-    "window of -5": ((*BARE, "--ratio", "0.3", "--sequence-length", "-5"), "at least 2 tokens", 2),
-    "multiple of 0": ((*BARE, "--ratio", "0.3", "--multiple-of", "0"), "from 1", 2),
+    "samples 0": ((*BARE, "--ratio", "0.3", "--samples", "0"), "expected at least 1", 2),
+    "window of 1": ((*BARE, "--ratio", "0.3", "--sequence-length", "1"), "expected at least 2", 2),
+    "window of -5": ((*BARE, "--ratio", "0.3", "--sequence-length", "-5"), "expected at least 2", 2),
+    "multiple of 0": ((*BARE, "--ratio", "0.3", "--multiple-of", "0"), "expected at least 1", 2),
     "multiple of 10^9": ((*BARE, "--ratio", "0.3", "--multiple-of", "1000000000"), "would keep none", 1),
     "seed 2^70": ((*BARE, "--ratio", "0.3", "--seed", str(2**70)), "is not in the range", 2),
-    "host unknown": ((*BARE, "--ratio", "0.3", "--host", "evil"), "evil", 2),
-    "host with escapes": ((*BARE, "--ratio", "0.3", "--host", ESCAPES), r"\x1b]0;owned", 2),
+    "unknown output class": ((*BARE, "--ratio", "0.3", "--output-class", "evil"), "evil", 2),
+    "output class with escapes": ((*BARE, "--ratio", "0.3", "--output-class", ESCAPES), r"\x1b]0;owned", 2),
     "fill unknown": ((*BARE, "--ratio", "0.3", "--fill", "evil"), "'evil' is not one of", 2),
     "option unknown": ((*BARE, f"--{ESCAPES}"), r"\x1b]0;owned", 2),
     "command unknown": ((ESCAPES,), r"\x1b]0;owned", 2),
-    "model without a name": (("inspect", ""), "holds no config.json", 1),
+    "model without a name": (("inspect", ""), "contains no config.json", 1),
     "model with escapes": (("inspect", f"{{}}/{ESCAPES}"), r"\x1b]0;owned", 1),
     "model of a long name": (("inspect", "x" * 5000), "File name too long", 1),
     "model of two slashes": (("inspect", "a/b/c"), "neither a folder nor a Hub id", 1),
@@ -872,7 +883,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
         "not a file",
         1,
     ),
-    "text not there": (
+    "missing text": (
         ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "{}/n.txt", *SHORT),
         "No such file",
         1,
@@ -887,16 +898,16 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
     "output below a file": ((*BARE, "--ratio", "0.3", "--output", "{}/text.txt/out"), "cannot be written", 1),
     "output in the place of the model": (
         (*BARE, "--ratio", "0.3", "--output", "{}/model"),
-        "is where the model itself lies",
+        "contains the model itself",
         2,
     ),
-    "neuron of words": (
-        ("analyze", "--model", "{}/model", "--text", "{}/text.txt", "--neuron", "a:b:c", "--output", "{}/out", "-q"),
+    "neuron string": (
+        ("analyze", "--model", "{}/model", "--data", "{}/text.txt", "--neuron", "a:b:c", "--output", "{}/out", "-q"),
         "expected KIND:BLOCK:NEURON",
         2,
     ),
-    "fraction 2": (("ablate", "--model", "{}/model", "--fraction", "2", "-q"), "not in the range", 2),
-    "repository of two words": (("push", "{}/cut", "a b", "-q"), "no name of a repository", 2),
-    "a folder that is not ours": (("verify", "{}/model", "-q"), "is not a folder that prune-peak wrote", 1),
-    "GGUF of images": (("export-gguf", "{}/vit", "{}/out.gguf", "-q"), "of causal LMs of Llama's mathematics", 1),
+    "fraction 2": (("ablate", "--model", "{}/model", "--fraction", "2", "-q"), "expected at most 1", 2),
+    "repository name with a space": (("push", "{}/cut", "a b", "-q"), "not a valid name of a repository", 2),
+    "folder without a recipe": (("verify", "{}/model", "-q"), "is not a folder that prune-peak wrote", 1),
+    "GGUF of images": (("export", "{}/vit", "{}/out.gguf", "--format", "gguf", "-q"), "expected a causal LM", 1),
 }

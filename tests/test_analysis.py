@@ -9,12 +9,12 @@ from browser import CHROMIUM, dump
 from click.testing import CliRunner
 from conftest import EXAMPLES
 
-from prune_peak.analysis import NOISE, Analysis, analyze
-from prune_peak.cli import main
+from prune_peak.cli.main import main
 from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.studies.analysis import NOISE, Analysis, analyze
 
 LLAMA = str(EXAMPLES / "llama-mini")
-PICTURES = ("histograms-mlp", "histograms-attention", "heads", "blocks", "moves")
+PICTURES = ("histograms-mlp", "histograms-attention", "heads", "blocks", "drift")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     (folder / "backwards.txt").write_text(words[40_000:80_000][::-1])
     texts = [str(folder / "topics.txt"), str(folder / "backwards.txt")]
     options = {"samples": 4, "windows": 3, "sequence_length": 48}
-    return analyze(LLAMA, folder / "out", texts=texts, neurons=["mlp:1:17"], **options)  # type: ignore[arg-type]
+    return analyze(LLAMA, folder / "out", data=texts, neuron=["mlp:1:17"], **options)  # type: ignore[arg-type]
 
 
 def test_tables_hold_every_site_and_head(analysis: Analysis) -> None:
@@ -46,7 +46,7 @@ def test_another_text_moves_neurons_further_than_other_windows_do(analysis: Anal
         values = [row[number] for row in analysis.stability if row["other"] == other and row["site"] == "mlp"]
         return sorted(values)[len(values) // 2]
 
-    assert typical("backwards.txt", "mean_moves") > typical(NOISE, "mean_moves")
+    assert typical("backwards.txt", "mean_drift") > typical(NOISE, "mean_drift")
     assert len(analysis.stability) == 3 * 6  # each text with itself, and the two; six sites
 
 
@@ -105,8 +105,8 @@ def test_a_browser_shows_the_report(analysis: Analysis, width: int, tmp_path: Pa
 
 
 def test_the_command_prints_tables(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prune_peak.analysis.can_draw", lambda: False)
-    arguments = ["analyze", "--model", LLAMA, "--text", str(text), "--samples", "2", "--sequence-length", "32", "-q"]
+    monkeypatch.setattr("prune_peak.studies.analysis.can_draw", lambda: False)
+    arguments = ["analyze", "--model", LLAMA, "--data", str(text), "--samples", "2", "--sequence-length", "32", "-q"]
     told = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "one")])
     assert told.exit_code == 0, told.stderr
     assert "peak_off_zero" in told.stdout
@@ -120,18 +120,18 @@ def test_the_command_prints_tables(text: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("neuron", ["mlp", "mlp:0", "mlp:0:x", "mlp:3:0", "mlp:0:384", "mlp:0:-1", "heads:0:0"])
 def test_a_neuron_that_is_not_there_is_refused(neuron: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected KIND:BLOCK:NEURON, such as mlp:0:17, of blocks 0 to 2 with"):
-        analyze(LLAMA, tmp_path / "out", neurons=[neuron])
+        analyze(LLAMA, tmp_path / "out", neuron=[neuron])
 
 
 def test_bad_input_is_refused(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="two texts have the same name"):
-        analyze(LLAMA, tmp_path / "out", texts=[str(text), str(text)], samples=2, sequence_length=32)
+    with pytest.raises(UsageError, match=r"two data sets are named text\.txt"):
+        analyze(LLAMA, tmp_path / "out", data=[str(text), str(text)], samples=2, sequence_length=32)
     with pytest.raises(UsageError, match="--samples 0"):
         analyze(LLAMA, tmp_path / "out", samples=0)
     short = tmp_path / "short.txt"
     short.write_text(text.read_text()[:420])
     with pytest.raises(PrunePeakError, match=r"short\.txt.* too short"):
-        analyze(LLAMA, tmp_path / "out", texts=[str(text), str(short)], samples=2, sequence_length=64)
+        analyze(LLAMA, tmp_path / "out", data=[str(text), str(short)], samples=2, sequence_length=64)
     with pytest.raises(PrunePeakError, match="is not a readable UTF-8 text"):
-        analyze(LLAMA, tmp_path / "out", texts=[str(tmp_path / "none.txt")])
+        analyze(LLAMA, tmp_path / "out", data=[str(tmp_path / "none.txt")])
     assert not (tmp_path / "out").exists()

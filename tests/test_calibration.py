@@ -1,4 +1,4 @@
-"""Statistics that are kept, merged, and used again; and the texts they are taken over."""
+"""Statistics files, and the texts of a calibration."""
 
 import json
 from collections.abc import Iterator
@@ -11,17 +11,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_compress import compress, digests, run
 
-from prune_peak.calibration import calibrate, into_batches
-from prune_peak.checkpoint import TensorFile, stream_tensors
+from prune_peak.data.sampling import draw_windows
+from prune_peak.data.self_generated import generate_windows
+from prune_peak.data.texts import load_tokenizer, read_texts, special_tokens, tokenize_text
+from prune_peak.data.windows import into_batches
 from prune_peak.errors import PrunePeakError
-from prune_peak.selection import RANDOM, SCORES, select
-from prune_peak.sites import find_sites
-from prune_peak.source import open_source
-from prune_peak.texts import choose_windows, load_tokenizer, own_windows, read_texts, special_tokens, tokenize_text
+from prune_peak.io.tensor_files import TensorFile, stream_tensors
+from prune_peak.models.loading import open_model
+from prune_peak.options import ELIMINATION, RANDOM, SCORES
+from prune_peak.pruning.site_pruning import select
+from prune_peak.sites.finding import find_sites
+from prune_peak.stats.collection import collect
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_statistics_from_a_file_give_what_a_direct_run_gives(ratio: float, tmp_path: Path, text: Path) -> None:
+def test_statistics_file_matches_direct_run(ratio: float, tmp_path: Path, text: Path) -> None:
     model, stats = EXAMPLES / "llama-mini", tmp_path / "kept.stats"
     result = run(
         "calibrate", "--model", model, "--output", stats, "--calibration", text, "--samples", 8, "-q", "--json"
@@ -35,21 +39,21 @@ def test_statistics_from_a_file_give_what_a_direct_run_gives(ratio: float, tmp_p
     assert digests(tmp_path / "direct") == digests(tmp_path / "kept")
 
 
-# what needs more than each neuron's own statistics: model, calibration, options
-WITH_PRODUCTS = {
+# options that need covariances: model, calibration, options
+WITH_COVARIANCES = {
     "the refit": ("llama-mini", ["--samples", 8], ["--ratio", 0.3]),
-    "from few tokens": ("llama-mini", ["--samples", 2], ["--ratio", 0.3]),
-    "a fill for every site": (
+    "few tokens": ("llama-mini", ["--samples", 2], ["--ratio", 0.3]),
+    "automatic fill": (
         "llama-mini",
         ["--samples", 8],
         ["--ratio", "mlp=0.2,attention=0.5", "--fill", "auto", "--no-refit"],
     ),
-    "a target over two kinds": (
+    "target over two kinds": (
         "llama-mini",
         ["--samples", 8],
         ["--target-params", 0.9, "--sites", "mlp,attention", "--no-refit"],
     ),
-    "in place": (
+    "keep shape": (
         "opt-mini",
         ["--samples", 8],
         ["--ratio", 0.3, "--sites", "attention", "--keep-shape", "--unit", "neuron"],
@@ -62,35 +66,35 @@ WITH_PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("case", WITH_PRODUCTS)
-def test_products_from_a_file_give_what_a_direct_run_gives(case: str, tmp_path: Path, text: Path) -> None:
-    name, calibration, options = WITH_PRODUCTS[case]
+@pytest.mark.parametrize("case", WITH_COVARIANCES)
+def test_covariances_file_matches_direct_run(case: str, tmp_path: Path, text: Path) -> None:
+    name, calibration, options = WITH_COVARIANCES[case]
     model = EXAMPLES / name
     calibration = ["--calibration", EXAMPLES / "digits" / "calibration" if name == "vit-mini" else text, *calibration]
-    for stats, more in ((tmp_path / "plain.stats", []), (tmp_path / "gram.stats", ["--gram"])):
+    for stats, more in ((tmp_path / "plain.stats", []), (tmp_path / "covariances.stats", ["--covariances"])):
         made = run("calibrate", "--model", model, "--output", stats, *calibration, *more, "-q")
         assert made.exit_code == 0, made.output
     common = ("compress", "--model", model, *options, "-q", "--output")
     direct = run(*common, tmp_path / "direct", *calibration)
-    kept = run(*common, tmp_path / "kept", "--stats", tmp_path / "gram.stats")
+    kept = run(*common, tmp_path / "kept", "--stats", tmp_path / "covariances.stats")
     assert direct.exit_code == kept.exit_code == 0, direct.output + kept.output
     assert digests(tmp_path / "direct") == digests(tmp_path / "kept")
     refused = run(*common, tmp_path / "refused", "--stats", tmp_path / "plain.stats")
     assert refused.exit_code == 1
-    assert "calibrate --gram" in refused.stderr
-    told = run(*common, tmp_path / "told", "--stats", tmp_path / "gram.stats", "--dry-run", "--json")
-    assert told.exit_code == 0, told.output
-    assert 0 < json.loads(told.stdout)["minutes"] < 5
+    assert "calibrate --covariances" in refused.stderr
+    estimate = run(*common, tmp_path / "estimate", "--stats", tmp_path / "covariances.stats", "--dry-run", "--json")
+    assert estimate.exit_code == 0, estimate.output
+    assert 0 < json.loads(estimate.stdout)["minutes"] < 5
 
 
-def test_a_file_that_lacks_a_part_is_refused(tmp_path: Path, text: Path) -> None:
+def test_incomplete_statistics_file(tmp_path: Path, text: Path) -> None:
     stats, model = tmp_path / "kept.stats", EXAMPLES / "llama-mini"
-    words = ("--output", stats, "--calibration", text, "--samples", 4, "--gram")
+    words = ("--output", stats, "--calibration", text, "--samples", 4, "--covariances")
     assert run("calibrate", "--model", model, *words, "-q").exit_code == 0
     with safe_open(stats, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(stats)
-    del tensors["model.layers.1.mlp.down_proj/grams/held_out/products"]
+    del tensors["model.layers.1.mlp.down_proj/gram/held_out/products"]
     save_file(tensors, stats, metadata)
     result = compress(model, tmp_path / "cut", text, "--refit", "--stats", stats)
     assert result.exit_code == 1
@@ -98,8 +102,8 @@ def test_a_file_that_lacks_a_part_is_refused(tmp_path: Path, text: Path) -> None
     assert not (tmp_path / "cut.partial").exists()
 
 
-def test_a_file_says_nothing_but_what_was_calibrated(tmp_path: Path, text: Path) -> None:
-    """Options that belong to `compress` stay its own, whatever a file of statistics claims."""
+def test_statistics_file_sets_no_compress_options(tmp_path: Path, text: Path) -> None:
+    """Options of `compress` in the metadata of a statistics file are ignored."""
     stats, model = tmp_path / "kept.stats", EXAMPLES / "llama-mini"
     words = ("--output", stats, "--calibration", text, "--samples", 4, "-q")
     assert run("calibrate", "--model", model, *words).exit_code == 0
@@ -114,7 +118,7 @@ def test_a_file_says_nothing_but_what_was_calibrated(tmp_path: Path, text: Path)
     assert "x; rm y #" not in options
 
 
-def test_a_disk_that_is_full_leaves_no_file_of_statistics(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_file(tmp_path: Path) -> None:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         yield "first", torch.ones(3, dtype=torch.bfloat16)
         raise OSError("no space left")
@@ -124,7 +128,7 @@ def test_a_disk_that_is_full_leaves_no_file_of_statistics(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_that_come_one_by_one_are_read_back(tmp_path: Path) -> None:
+def test_streamed_tensors_round_trip(tmp_path: Path) -> None:
     tensors = {
         "odd": torch.randn(3).bfloat16(),
         "count": torch.tensor(7),
@@ -143,7 +147,7 @@ def test_tensors_that_come_one_by_one_are_read_back(tmp_path: Path) -> None:
         stream_tensors(tensors.items(), tmp_path / "other.stats", {}, 100)
 
 
-def test_statistics_of_another_model_are_refused(tmp_path: Path, text: Path) -> None:
+def test_statistics_of_another_model(tmp_path: Path, text: Path) -> None:
     stats = tmp_path / "kept.stats"
     made = run("calibrate", "--model", EXAMPLES / "opt-mini", "--output", stats, "--calibration", text, "--samples", 4)
     assert made.exit_code == 0, made.output
@@ -154,15 +158,15 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path, text: Path) -> 
     assert "statistics of another model" in result.stderr
 
 
-def test_files_that_hold_no_statistics_are_refused(tmp_path: Path, text: Path) -> None:
+def test_invalid_statistics_files(tmp_path: Path, text: Path) -> None:
     bad = tmp_path / "bad.stats"
-    for spoil in ("missing", "text", "other"):
-        if spoil == "text":
+    for damage in ("missing", "text", "other"):
+        if damage == "text":
             bad.write_text("not statistics")
-        elif spoil == "other":
+        elif damage == "other":
             save_file({"a": torch.ones(1)}, bad)
         result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--stats", bad)
-        assert result.exit_code == 1, spoil
+        assert result.exit_code == 1, damage
         assert result.stderr.startswith("Error: ")
     assert not (tmp_path / "cut").exists()
 
@@ -171,7 +175,7 @@ def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "one two"}\n{"text": "three", "other": 1}\n')
     assert read_texts(str(path)) == ["one two", "three"]
-    tokenizer = load_tokenizer(open_source(str(EXAMPLES / "opt-mini")))
+    tokenizer = load_tokenizer(open_model(str(EXAMPLES / "opt-mini")))
     tokens = tokenize_text(str(path), tokenizer, 2).flatten().tolist()
     ends = [number for number, token in enumerate(tokens) if token == tokenizer.eos_token_id]
     assert len(ends) >= 1
@@ -179,14 +183,14 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["no json", '{"txt": "a"}', '{"text": 3}', "[1]"])
-def test_json_lines_of_another_form_are_refused(line: str, tmp_path: Path) -> None:
+def test_invalid_json_lines(line: str, tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "fine"}\n' + line)
     with pytest.raises(PrunePeakError, match="line 2"):
         read_texts(str(path))
 
 
-def test_a_data_set_is_read_where_the_extra_is_there(tmp_path: Path) -> None:
+def test_data_set(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     folder = tmp_path / "set"
     folder.mkdir()
@@ -194,8 +198,8 @@ def test_a_data_set_is_read_where_the_extra_is_there(tmp_path: Path) -> None:
     assert read_texts(str(folder)) == ["one", "two"]
 
 
-def test_windows_begin_with_bos_where_the_tokenizer_adds_one(tmp_path: Path, text: Path) -> None:
-    tokenizer = load_tokenizer(open_source(str(EXAMPLES / "llama-mini")))
+def test_windows_begin_with_bos(tmp_path: Path, text: Path) -> None:
+    tokenizer = load_tokenizer(open_model(str(EXAMPLES / "llama-mini")))
     assert special_tokens(tokenizer) == ([], [])
     from tokenizers.processors import TemplateProcessing
 
@@ -206,10 +210,10 @@ def test_windows_begin_with_bos_where_the_tokenizer_adds_one(tmp_path: Path, tex
     assert bool((windows[:, 0] == 0).all())
 
 
-def test_own_text_is_passages_of_ordinary_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prune_peak.texts.PASSAGE", 8)
-    source = open_source(str(EXAMPLES / "llama-mini"))
-    windows = own_windows(source, 12, 20, seed=3).calibration
+def test_self_generated_text_has_passages_of_ordinary_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prune_peak.data.self_generated.PASSAGE", 8)
+    source = open_model(str(EXAMPLES / "llama-mini"))
+    windows = generate_windows(source, 12, 20, seed=3).calibration
     assert windows.shape == (12, 20)
     starts = torch.zeros(20, dtype=torch.bool)
     starts[[0, 8, 16]] = True
@@ -217,36 +221,36 @@ def test_own_text_is_passages_of_ordinary_tokens(monkeypatch: pytest.MonkeyPatch
     assert bool((windows[:, ~starts] > 1).all())  # neither BOS nor EOS
 
 
-def test_what_cannot_write_is_asked_for_a_text(tmp_path: Path) -> None:
+def test_self_generation_needs_a_causal_model(tmp_path: Path) -> None:
     with pytest.raises(PrunePeakError, match="a RobertaForMaskedLM, which generates no text"):
-        own_windows(open_source(str(EXAMPLES / "roberta-mini")), 2, 16, seed=0)
-    with pytest.raises(PrunePeakError, match="at least 3 tokens"):
-        own_windows(open_source(str(EXAMPLES / "llama-mini")), 2, 2, seed=0)
+        generate_windows(open_model(str(EXAMPLES / "roberta-mini")), 2, 16, seed=0)
+    with pytest.raises(PrunePeakError, match="expected at least 3"):
+        generate_windows(open_model(str(EXAMPLES / "llama-mini")), 2, 2, seed=0)
 
 
-def test_own_text_begins_with_bos_and_an_ordinary_token() -> None:
-    source = open_source(str(EXAMPLES / "llama-mini"))
-    windows = own_windows(source, 12, 16, seed=3)
+def test_self_generated_text_begins_with_bos() -> None:
+    source = open_model(str(EXAMPLES / "llama-mini"))
+    windows = generate_windows(source, 12, 16, seed=3)
     assert windows.calibration.shape == (12, 16)
     assert windows.held_out.shape == (1, 16)
     assert bool((windows.calibration[:, 0] == 0).all())
     assert bool((windows.calibration[:, 1] > 1).all())  # neither BOS nor padding
     assert len(set(windows.calibration[:, 1].tolist())) > 6
-    assert not torch.equal(windows.calibration, own_windows(source, 12, 16, seed=4).calibration)
+    assert not torch.equal(windows.calibration, generate_windows(source, 12, 16, seed=4).calibration)
 
 
-def test_every_score_keeps_its_own_neurons(tmp_path: Path, text: Path) -> None:
-    source = open_source(str(EXAMPLES / "llama-mini"))
-    [site, *_] = find_sites(source.blank, source.family)
-    windows = choose_windows(str(text), source, 8, 128, seed=0).calibration
-    [observed] = calibrate(source, [site], into_batches(windows), torch.float32)
+def test_scores_keep_different_neurons(tmp_path: Path, text: Path) -> None:
+    source = open_model(str(EXAMPLES / "llama-mini"))
+    [site, *_] = find_sites(source.meta_model, source.family)
+    windows = draw_windows(source, str(text), 8, 128, seed=0).calibration
+    [observed] = collect(source, [site], into_batches(windows), torch.float32)
     summary, weight = observed.stats.summarize(), source.read(site.weight)
 
     def keep(score: str, seed: int = 0) -> list[int]:
         kept: list[int] = select(site, summary, weight, 272, "mean", score, seed).keep.tolist()
         return kept
 
-    keeps = {score: keep(score) for score in (*SCORES, RANDOM)}
+    keeps = {score: keep(score) for score in SCORES if score != ELIMINATION}
     assert all((keep(score, seed=1) == kept) == (score != RANDOM) for score, kept in keeps.items())
     assert keeps["deviation"] == keeps["variance"]  # about the mean they are the same
     assert len({tuple(kept) for kept in keeps.values()}) == len(keeps) - 1

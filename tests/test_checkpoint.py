@@ -1,17 +1,20 @@
 import json
 from pathlib import Path
+from threading import enumerate as enumerate_threads
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import BY_NAME
 
-from prune_peak.checkpoint import INDEX_FILE, Checkpoint, Writer, _places, _read_through, tensor_bytes
 from prune_peak.errors import PrunePeakError
-from prune_peak.source import open_source
+from prune_peak.io.checkpoint import Checkpoint, _places, _read_through
+from prune_peak.io.tensor_files import tensor_bytes
+from prune_peak.io.writer import INDEX_FILE, Writer
+from prune_peak.models.loading import open_model
 
 
-def test_what_is_written_is_read_back_by_safetensors(tmp_path: Path) -> None:
+def test_writer_round_trip(tmp_path: Path) -> None:
     tensors = {
         "a": torch.randn(3, 5),
         "b": torch.randn(7).bfloat16(),
@@ -43,7 +46,7 @@ def test_shards(tmp_path: Path) -> None:
     assert [checkpoint.read(f"t{number}")[0].item() for number in range(5)] == [0, 1, 2, 3, 4]
 
 
-def test_what_is_read_ahead_are_the_bytes_of_the_tensors(tmp_path: Path) -> None:
+def test_tensor_offsets(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "empty": torch.zeros(0, 3)}
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
@@ -53,7 +56,7 @@ def test_what_is_read_ahead_are_the_bytes_of_the_tensors(tmp_path: Path) -> None
     }
 
 
-def test_what_vanishes_while_it_is_read_ahead_is_left_alone(tmp_path: Path) -> None:
+def test_read_ahead_of_a_changed_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(3)}, path)
     checkpoint = Checkpoint(tmp_path)
@@ -63,10 +66,18 @@ def test_what_vanishes_while_it_is_read_ahead_is_left_alone(tmp_path: Path) -> N
         _read_through(tmp_path, {"a": path.name})
     path.unlink()
     _read_through(tmp_path, {"a": path.name})
+    checkpoint.release()
+    threads = set(enumerate_threads())
+    checkpoint.read_ahead(["a"])
+    for thread in set(enumerate_threads()) - threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(PrunePeakError, match="was changed while it was read"):
+        checkpoint.read("a")
 
 
 def test_a_file_that_cannot_be_mapped_is_read_once(tmp_path: Path) -> None:
-    """Files from before torch 1.6: letting go of mapped ones must not read these again."""
+    """Files from before torch 1.6: `release` must not read them again."""
     state = {"a": torch.ones(3), "b": torch.zeros(2)}
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     checkpoint = Checkpoint(tmp_path)
@@ -75,13 +86,13 @@ def test_a_file_that_cannot_be_mapped_is_read_once(tmp_path: Path) -> None:
     assert checkpoint.read("a").data_ptr() == first.data_ptr()
 
 
-def test_a_tensor_left_out_is_an_error(tmp_path: Path) -> None:
+def test_missing_tensor_is_an_error(tmp_path: Path) -> None:
     with Writer(tmp_path, {"a": ((1,), torch.float32)}) as writer, pytest.raises(ValueError, match="never written"):
         writer.finish()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+def test_non_finite_value_is_refused(value: float, tmp_path: Path) -> None:
     with Writer(tmp_path, {"a": ((1,), torch.float32)}) as writer, pytest.raises(PrunePeakError, match="finite"):
         writer.write("a", torch.tensor([value]))
 
@@ -150,16 +161,16 @@ SPOILED = {
     "truncated": (spoil_truncated, "not a readable safetensors file"),
     "header of 2^60 bytes": (spoil_header, "not a readable safetensors file"),
     "missing tensor": (spoil_missing, "lacks 1 tensors"),
-    "unknown tensor": (spoil_extra, "no place for"),
-    "absurd width": (spoil_shape, "do not belong together"),
+    "unknown tensor": (spoil_extra, "not part of"),
+    "absurd width": (spoil_shape, "config and the weights of one model"),
     "absurd depth": (spoil_blocks, "expected 1 to 1000"),
     "config not JSON": (spoil_config, "not readable JSON"),
     "unknown model type": (spoil_type, "'mamba', which is not supported. Supported: beit, bert, camembert, "),
     "class of another kind": (spoil_class, "Custom code is never run"),
     "quantized": (spoil_quantized, "quantized"),
-    "no weights": (spoil_weights, "holds no weights"),
+    "no weights": (spoil_weights, "contains no weights"),
     "shard outside": (index("../model.safetensors"), "outside its folder"),
-    "shard not there": (index("model-00001-of-00002.safetensors"), "not there"),
+    "missing shard": (index("model-00001-of-00002.safetensors"), "does not exist"),
     "shard by absolute path": (index("/etc/passwd"), "outside its folder"),
 }
 
@@ -169,23 +180,23 @@ def test_damaged_checkpoints_are_refused(name: str, tmp_path: Path) -> None:
     spoil, words = SPOILED[name]
     spoil(BY_NAME["llama-untied"].save(tmp_path))
     with pytest.raises(PrunePeakError, match=words):
-        open_source(str(tmp_path))
+        open_model(str(tmp_path))
 
 
-def test_twins_that_differ_are_not_tied(tmp_path: Path) -> None:
+def test_different_tensors_are_not_tied(tmp_path: Path) -> None:
     BY_NAME["llama-tied"].save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(same, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert open_source(str(tmp_path)).config.tie_word_embeddings is True
+    assert open_model(str(tmp_path)).config.tie_word_embeddings is True
     save_file(same | {"lm_head.weight": same["lm_head.weight"] + 1}, tmp_path / "model.safetensors")
-    source = open_source(str(tmp_path))
+    source = open_model(str(tmp_path))
     assert source.config.tie_word_embeddings is False
     assert torch.equal(source.read("lm_head.weight"), same["lm_head.weight"] + 1)
 
 
 def test_read_error_names_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(PrunePeakError, match=r"holds no config\.json"):
-        open_source(str(tmp_path))
+    with pytest.raises(PrunePeakError, match=r"contains no config\.json"):
+        open_model(str(tmp_path))
     with pytest.raises(PrunePeakError, match="neither a folder nor a Hub id"):
-        open_source("not/a/model/at/all")
+        open_model("not/a/model/at/all")

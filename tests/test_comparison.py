@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune_peak import latency
-from prune_peak.cli import main
-from prune_peak.comparison import compare, describe, evaluate
-from prune_peak.evaluation import NOT_ASKED, PERPLEXITY, Exam, set_exam, take_exam
-from prune_peak.source import open_source
+from prune_peak.cli.main import main
+from prune_peak.evaluation import latency
+from prune_peak.evaluation.comparison import compare, describe, evaluate
+from prune_peak.evaluation.quality import IGNORED, PERPLEXITY, EvalSet, build_eval_set, evaluate_model
+from prune_peak.models.loading import open_model
 
 
 def run(*words: object) -> Result:
@@ -52,7 +52,7 @@ def with_bos(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("name", "stride"), [("llama-mini", 64), ("opt-mini", 64), ("with-bos", 63)])
 def test_perplexity_is_that_of_a_plain_loop(name: str, stride: int, with_bos: Path, text: Path) -> None:
     folder = with_bos if name == "with-bos" else EXAMPLES / name
-    comparison = evaluate([str(folder)], text=text, windows=6, sequence_length=64, dtype="float32")
+    [comparison] = evaluate([str(folder)], data=text, windows=6, sequence_length=64, dtype="float32")
     expected = reference_perplexity(folder, text.read_text(), 64, 6)
     assert comparison.entries[0].quality.value == pytest.approx(expected, rel=1e-5)
     assert comparison.stride == stride
@@ -62,17 +62,17 @@ def test_perplexity_is_that_of_a_plain_loop(name: str, stride: int, with_bos: Pa
 @pytest.mark.parametrize("size", [1, 2, 7])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_neither_batch_nor_padding_changes_it(size: int, padding: int) -> None:
-    source = open_source(str(EXAMPLES / "llama-mini"))
+    source = open_model(str(EXAMPLES / "llama-mini"))
     windows = torch.randint(source.config.vocab_size, (7, 24))
-    expected = take_exam(source, set_exam(source, windows, "noise"))
+    expected = evaluate_model(source, build_eval_set(source, windows, "noise"))
     padded = torch.nn.functional.pad(windows, (0, padding))
     mask = torch.nn.functional.pad(torch.ones_like(windows), (0, padding))
-    targets = torch.nn.functional.pad(windows[:, 1:], (0, padding + 1), value=NOT_ASKED)
+    targets = torch.nn.functional.pad(windows[:, 1:], (0, padding + 1), value=IGNORED)
     batches = [
         {"input_ids": ids, "attention_mask": real}
         for ids, real in zip(padded.split(size), mask.split(size), strict=True)
     ]
-    seen = take_exam(source, Exam(PERPLEXITY, "noise", batches, targets.split(size)))
+    seen = evaluate_model(source, EvalSet(PERPLEXITY, "noise", batches, targets.split(size)))
     torch.testing.assert_close(seen.losses, expected.losses, rtol=1e-5, atol=0)
     assert torch.equal(seen.hits, expected.hits)
 
@@ -95,14 +95,14 @@ def test_models_side_by_side(tmp_path: Path, text: Path) -> None:
     worse.model.layers[1].mlp.down_proj.weight.data.zero_()
     worse.save_pretrained(tmp_path / "worse")
     AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(tmp_path / "worse")
-    words = (EXAMPLES / "llama-mini", tmp_path / "worse", "--text", text, "--windows", 8, "--sequence-length", 32)
+    words = (EXAMPLES / "llama-mini", tmp_path / "worse", "--data", text, "--windows", 8, "--sequence-length", 32)
     table = run(*words)
     assert table.exit_code == 0, table.output
     lines = table.stdout.splitlines()
     assert lines[0].split() == ["llama-mini", "worse"]
-    protocol = "8 windows of 32 tokens that do not overlap, 248 predicted, float32"
+    protocol = "8 non-overlapping windows of 32 tokens, 248 predicted, float32"
     assert f"on text.txt: {protocol} (no special token at the start of each, stride 32); ±" in table.stdout
-    entries = json.loads(run(*words, "--json").stdout)["comparison"]["entries"]
+    entries = json.loads(run(*words, "--json").stdout)["comparisons"][0]["entries"]
     first, second = (entry["quality"] for entry in entries)
     assert entries[0]["loss"] is None
     assert entries[1]["loss"]["mean"] == pytest.approx(second["loss"] - first["loss"])
@@ -113,7 +113,7 @@ def test_models_side_by_side(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_masked_model(text: Path) -> None:
-    done = run(EXAMPLES / "roberta-mini", "--text", text, "--windows", 4, "--sequence-length", 32)
+    done = run(EXAMPLES / "roberta-mini", "--data", text, "--windows", 4, "--sequence-length", 32)
     assert done.exit_code == 0, done.output
     assert "masked-token accuracy, %" in done.stdout
     assert "perplexity" not in done.stdout.lower()
@@ -122,7 +122,7 @@ def test_a_masked_model(text: Path) -> None:
 def test_an_image_model() -> None:
     pytest.importorskip("PIL")
     images = EXAMPLES / "digits" / "held-out"
-    done = run(EXAMPLES / "vit-mini", EXAMPLES / "vit-mini", "--images", images)
+    done = run(EXAMPLES / "vit-mini", EXAMPLES / "vit-mini", "--data", images)
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines()]
     [accuracy] = [float(line[3]) for line in lines if line[:3] == ["image", "accuracy,", "%"]]
@@ -132,13 +132,12 @@ def test_an_image_model() -> None:
 
 
 REFUSED = {
-    "nothing": ([], 2, "nothing to measure; pass --text FILE, --images FOLDER, --latency"),
-    "both": (["--text", "TEXT", "--images", "TEXT"], 2, "pass one of --text and --images"),
-    "no window": (["--text", "TEXT", "--windows", "0"], 2, "--windows 0: expected at least one."),
-    "another's tokens": (["BOS", "--text", "TEXT"], 1, "read text.txt differently (other tokens"),
-    "no text": (["CLASSIFIER", "--text", "TEXT"], 1, "it predicts no text to evaluate"),
+    "nothing": ([], 2, "nothing to measure; pass --data DATA, --latency"),
+    "no window": (["--data", "TEXT", "--windows", "0"], 2, "--windows 0: expected at least 1."),
+    "another's tokens": (["BOS", "--data", "TEXT"], 1, "into different tokens, pixels or labels"),
+    "no text": (["CLASSIFIER", "--data", "TEXT"], 1, "which predicts no text to evaluate"),
     "no decoder": (["CLASSIFIER", "--latency"], 1, "which generates no text to time"),
-    "short text": (["--text", "SHORT"], 1, "fewer than one window"),
+    "short text": (["--data", "SHORT"], 1, "fewer than one window"),
 }
 
 

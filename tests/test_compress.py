@@ -17,11 +17,11 @@ from tiny import BY_NAME, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
-from prune_peak import machine
-from prune_peak.cli import main
-from prune_peak.export import PLAN_FILE
-from prune_peak.machine import Machine
-from prune_peak.source import open_source
+from prune_peak import memory
+from prune_peak.cli.main import main
+from prune_peak.export.recipe import PLAN_FILE
+from prune_peak.models.execution import ExecutionConfig
+from prune_peak.models.loading import open_model
 from prune_peak.verification import verify
 
 MINI = ["opt-mini", "llama-mini", "mistral-mini", "roberta-mini"]
@@ -144,8 +144,8 @@ def good(tmp_path: Path, text: Path) -> Path:
 
 
 @pytest.mark.parametrize("original", [False, True])
-def test_verify_says_yes_to_a_good_folder(good: Path, original: bool) -> None:
-    result = run("verify", good, "-q", *(["--model", EXAMPLES / "llama-mini"] if original else []))
+def test_verify_passes_a_good_folder(good: Path, original: bool) -> None:
+    result = run("verify", good, "-q", *(["--original", EXAMPLES / "llama-mini"] if original else []))
     assert result.exit_code == 0, result.output
     assert ("cached decoding" in result.stdout) == original
 
@@ -163,9 +163,9 @@ def test_verify_finds_one_changed_value(good: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.layers.0.self_attn.q_proj.weight", "not what the plan makes: model.layers.0.self_attn.q_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.weight", "differ from the plan: model.layers.0.self_attn.q_proj.weight"),
         ("model.layers.2.mlp.down_proj.bias", "FAILED  same function in float32"),
-        ("model.layers.0.mlp.gate_proj.bias", "not what the plan makes"),
+        ("model.layers.0.mlp.gate_proj.bias", "differ from the plan"),
     ],
 )
 def test_verify_compares_with_the_original(good: Path, name: str, words: str) -> None:
@@ -178,13 +178,13 @@ def test_verify_compares_with_the_original(good: Path, name: str, words: str) ->
     recipe["tensors"] = {key: hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in tensors.items()}
     (good / "prune_peak.json").write_text(json.dumps(recipe))
     assert run("verify", good, "-q").exit_code == 0
-    result = run("verify", good, "-q", "--model", EXAMPLES / "llama-mini")
+    result = run("verify", good, "-q", "--original", EXAMPLES / "llama-mini")
     assert result.exit_code == 3
     assert words in result.stdout
 
 
-def test_a_result_that_fails_is_not_kept(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prune_peak.export.fold", lambda weight, bias, fill, keep: torch.ones(weight.shape[0]))
+def test_failed_verification_removes_the_result(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prune_peak.sites.site.fold", lambda weight, bias, fill, keep: torch.ones(weight.shape[0]))
     monkeypatch.setattr("prune_peak.verification._check_tensors", lambda *_: None)
     result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4)
     assert result.exit_code == 1
@@ -218,10 +218,10 @@ def test_attention_of_opt_is_folded_in_place(tmp_path: Path, text: Path) -> None
     assert {check["check"] for check in recipe["verification"]} >= {"same function in float32, cached decoding"}
     assert recipe["before"]["bytes"] == recipe["after"]["bytes"]
     assert (recipe["before"]["neurons"]["attention"], recipe["after"]["neurons"]["attention"]) == (3 * 128, 3 * 90)
-    assert run("verify", tmp_path / "cut", "--model", EXAMPLES / "opt-mini").exit_code == 0
+    assert run("verify", tmp_path / "cut", "--original", EXAMPLES / "opt-mini").exit_code == 0
     refused = compress(EXAMPLES / "opt-mini", tmp_path / "other", text, "--sites", "attention")
     assert refused.exit_code == 1
-    assert "fold it in place, at the same size (--keep-shape)" in refused.stderr
+    assert "fold it in place at the same size (--keep-shape)" in refused.stderr
 
 
 BAD = {
@@ -233,12 +233,12 @@ BAD = {
     "ratio 1.5": (["--ratio", "1.5"], 2, "between 0 and 1"),
     "ratio of words": (["--ratio", "much"], 2, "expected a number, or mlp=NUMBER"),
     "ratio of another site": (["--ratio", "embedding=0.3"], 2, "expected mlp, attention"),
-    "attention that cannot be narrower": (["--ratio", "attention=0.3"], 1, "no stock class can hold a narrower"),
+    "attention that cannot be narrower": (["--ratio", "attention=0.3"], 1, "no stock class supports fewer heads"),
     "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
-    "no sample": (["--samples", "0"], 2, "at least one window"),
+    "no sample": (["--samples", "0"], 2, "expected at least 1"),
     "text not there": (["--calibration", "no.txt"], 1, "not a readable UTF-8 text"),
-    "window of one token": (["--sequence-length", "1"], 2, "at least 2 tokens"),
-    "multiple of 0": (["--multiple-of", "0"], 2, "whole number"),
+    "window of one token": (["--sequence-length", "1"], 2, "expected at least 2"),
+    "multiple of 0": (["--multiple-of", "0"], 2, "expected at least 1"),
     "multiple too large": (["--multiple-of", "4096"], 1, "keep none"),
     "unknown fill": (["--fill", "mode"], 2, "peak"),
     "output is a file": (["--output", "{text}"], 1, "is a file"),
@@ -269,7 +269,7 @@ def test_short_and_empty_texts(tmp_path: Path, text: Path, caplog: pytest.LogCap
         *("--calibration", text, "--samples", 40),
     )
     assert result.exit_code == 0, result.output
-    assert "not 40; used them all" in caplog.text
+    assert "fewer than --samples 40; all are used" in caplog.text
 
 
 def test_nan_weights_are_refused_and_nothing_stays(tmp_path: Path, text: Path) -> None:
@@ -290,11 +290,11 @@ def test_an_output_that_exists_is_not_touched(tmp_path: Path, text: Path) -> Non
     (output / "precious").touch()
     assert "--force" in compress(EXAMPLES / "opt-mini", output, text, "--samples", 4).stderr
     refused = compress(EXAMPLES / "opt-mini", output, text, "--samples", 4, "--force")
-    assert "something else than a result of prune-peak" in refused.stderr
+    assert "is not an output folder of prune-peak" in refused.stderr
     assert (output / "precious").exists()
     (output / "precious").rename(output / "prune_peak.json")  # what an earlier result has
     assert compress(EXAMPLES / "opt-mini", output, text, "--samples", 4, "--force").exit_code == 0
-    assert json.loads((output / "prune_peak.json").read_text())["host"] == "OPTForCausalLM"
+    assert json.loads((output / "prune_peak.json").read_text())["output_class"] == "OPTForCausalLM"
 
 
 def test_the_model_is_not_its_own_output(tmp_path: Path, text: Path) -> None:
@@ -304,7 +304,7 @@ def test_the_model_is_not_its_own_output(tmp_path: Path, text: Path) -> None:
     for output in (source, source.parent):
         refused = compress(source, output, text, "--samples", 4, "--force")
         assert refused.exit_code == 2
-        assert "is where the model itself lies" in refused.stderr
+        assert "contains the model itself" in refused.stderr
     assert digests(source) == before
 
 
@@ -342,7 +342,7 @@ def test_the_module_is_the_program() -> None:
     assert "prune-peak" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-def test_every_command_has_help_and_an_example() -> None:
+def test_help_with_an_example() -> None:
     for name in main.commands:
         assert f"prune-peak {name}" in run(name, "--help").output
 
@@ -388,44 +388,55 @@ def test_models_without_a_language_head(name: str, head: str, tmp_path: Path, te
     evaluated = compress(source, tmp_path / "other", text, "--samples", 4, "--evaluate", text)
     assert "predicts no text" in evaluated.stderr
     own = run("compress", "--model", source, "--ratio", 0.3, "--output", tmp_path / "other")
-    assert "generates no text; pass one with --calibration" in own.stderr
+    assert "generates no text; pass a text with --calibration" in own.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut", "text.txt"}
 
 
 @pytest.mark.parametrize(
-    ("name", "host", "written_as", "zero"),
+    ("name", "output_class", "written_as", "zero"),
     [
         ("cohere", "auto", "CohereForCausalLM", ""),
         ("falcon-40b", "auto", "PhiForCausalLM", ""),
-        ("gemma", "auto", "GemmaForCausalLM", "mlp"),  # in float32 Granite (`test_hosts.py`)
+        ("gemma", "auto", "GemmaForCausalLM", "mlp"),  # in float32 Granite (`test_conversion.py`)
         ("gemma2", "auto", "Gemma2ForCausalLM", "mlp"),
         ("gpt-neox-parallel", "auto", "PhiForCausalLM", ""),
         ("gptj", "auto", "PhiForCausalLM", ""),
         ("phi3", "own", "Phi3ForCausalLM", "attention and mlp"),
     ],
 )
-def test_hosts_and_refits_verify_in_a_narrow_type(
-    name: str, host: str, written_as: str, zero: str, tmp_path: Path, text: Path
+def test_output_classes_verify_in_bfloat16(
+    name: str, output_class: str, written_as: str, zero: str, tmp_path: Path, text: Path
 ) -> None:
     tiny = BY_NAME[name]
     small = Tiny(name, tiny.family, tiny.head, tiny.settings | {"vocab_size": 1024})
     source = small.save(tmp_path / "source", torch.bfloat16)
     AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
-    words = ("--samples", 4, "--sequence-length", 64, "--sites", "mlp,attention", "--ratio", 0.5, "--host", host)
+    words = (
+        "--samples",
+        4,
+        "--sequence-length",
+        64,
+        "--sites",
+        "mlp,attention",
+        "--ratio",
+        0.5,
+        "--output-class",
+        output_class,
+    )
     result = compress(source, tmp_path / "cut", text, *words)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["architectures"] == [written_as]
-    assert (f"Held at zero: the {zero} neurons" if zero else "Verified.") in result.stdout
+    assert (f"Held at zero: the pruned {zero} neurons" if zero else "Verified.") in result.stdout
     assert ("Held at zero" in result.stdout) == bool(zero)
     checks = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())["verification"]
     assert any("cached decoding" in check["check"] for check in checks)
 
 
-def test_a_host_that_cannot_hold_the_model_is_refused_before_work(tmp_path: Path, text: Path) -> None:
-    result = compress(EXAMPLES / "mistral-mini", tmp_path / "cut", text, "--host", "granite")
+def test_unsupported_output_class_is_refused_before_work(tmp_path: Path, text: Path) -> None:
+    result = compress(EXAMPLES / "mistral-mini", tmp_path / "cut", text, "--output-class", "granite")
     assert result.exit_code == 1
-    assert "These can: own (with a fill of zero in mlp), smollm3." in result.stderr
-    assert compress(EXAMPLES / "mistral-mini", tmp_path / "cut", text, "--host", "mamba").exit_code == 2
+    assert "These do: own (with a fill of zero in mlp), smollm3." in result.stderr
+    assert compress(EXAMPLES / "mistral-mini", tmp_path / "cut", text, "--output-class", "mamba").exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
@@ -434,13 +445,13 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, text: Path) -> 
     AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(source)
     result = compress(source, tmp_path / "cut", text, "--samples", 4)
     assert result.exit_code == 1
-    assert "The two do not belong together" in result.stderr
+    assert "Use the tokenizer that belongs to the model" in result.stderr
 
 
 def test_an_encoder_is_cut_on_a_text(tmp_path: Path, text: Path) -> None:
     own = run("compress", "--model", ROBERTA, "--ratio", 0.3, "--output", tmp_path / "cut", "-q")
     assert own.exit_code == 1
-    assert "generates no text; pass one with --calibration" in own.stderr
+    assert "generates no text; pass a text with --calibration" in own.stderr
     result = compress(ROBERTA, tmp_path / "cut", text, "--samples", 16, "--refit", "--json")
     assert result.exit_code == 0, result.output
     before, after = (json.loads(result.stdout)[f"quality_{when}"] for when in ("before", "after"))
@@ -448,7 +459,7 @@ def test_an_encoder_is_cut_on_a_text(tmp_path: Path, text: Path) -> None:
     assert before["text"] == "held-out windows of text.txt"
     assert before["value"] > 0.35  # it has learned: the most frequent byte is 18 % of the text
     assert after["value"] > before["value"] - 0.1
-    assert run("verify", tmp_path / "cut", "--model", ROBERTA).exit_code == 0
+    assert run("verify", tmp_path / "cut", "--original", ROBERTA).exit_code == 0
 
 
 def test_a_masked_lm_without_a_mask_token(tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -469,7 +480,7 @@ def test_a_large_model_is_verified_block_by_block(
     refit: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a plan that is not the one that was written is seen."""
-    monkeypatch.setattr(machine, "WHOLE_SIZE", 0)
+    monkeypatch.setattr(memory, "WHOLE_SIZE", 0)
     result = compress(EXAMPLES / "llama-mini", tmp_path / "cut", text, "--samples", 4, "--fill", "mean", refit)
     assert result.exit_code == 0, result.output
     plan = load_file(tmp_path / "cut" / PLAN_FILE)
@@ -477,6 +488,6 @@ def test_a_large_model_is_verified_block_by_block(
     keep[0] = next(neuron for neuron in range(384) if neuron not in keep)
     plan["model.layers.1.mlp.down_proj.keep"] = keep.sort().values
     save_file(plan, tmp_path / "cut" / PLAN_FILE)
-    checked = verify(tmp_path / "cut", open_source(str(EXAMPLES / "llama-mini")), Machine(whole_size=0))
+    checked = verify(tmp_path / "cut", open_model(str(EXAMPLES / "llama-mini")), ExecutionConfig(whole_size=0))
     failed = [check["check"] for check in checked.checks if not check["passed"]]
     assert "same function in float32, prefill 0" in failed

@@ -149,8 +149,8 @@ NOT_COMPUTED_WITH = {
 PROJECTIONS = {"mlp_bias": r"mlp\.(gate|up|down)_proj", "attention_bias": r"self_attn\.(q|k|v|o)_proj"}
 
 
-@pytest.mark.parametrize(("heads", "host"), [(0.5, "Llama"), (0.25, "Granite")])
-def test_vllm_reads_all_of_it(heads: float, host: str, tmp_path: Path, training_text: Path) -> None:
+@pytest.mark.parametrize(("heads", "output_class"), [(0.5, "Llama"), (0.25, "Granite")])
+def test_vllm_reads_all_of_it(heads: float, output_class: str, tmp_path: Path, training_text: Path) -> None:
     """Every key of the config is one that vLLM's loader reads, and every bias one whose flag it heeds."""
     source = BY_NAME["llama-no-groups"]
     Tiny(source.name, source.family, settings=source.settings | {"vocab_size": 1024}).save(tmp_path / "source")
@@ -158,9 +158,9 @@ def test_vllm_reads_all_of_it(heads: float, host: str, tmp_path: Path, training_
     options = {"samples": 4, "sequence_length": 32, "calibration": str(training_text)}
     prune_peak.compress(str(tmp_path / "source"), {"mlp": 0.3, "attention": heads}, tmp_path / "cut", **options)
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
-    assert config["architectures"] == [f"{host}ForCausalLM"]
+    assert config["architectures"] == [f"{output_class}ForCausalLM"]
     assert config["hidden_act"] == "silu"
-    assert set(config) - NOT_COMPUTED_WITH <= IN_VLLM | (MULTIPLIERS if host == "Granite" else set())
+    assert set(config) - NOT_COMPUTED_WITH <= IN_VLLM | (MULTIPLIERS if output_class == "Granite" else set())
     blocks = r"model\.layers\.\d+\."
     named = [rf"{blocks}{names}\.weight" for names in PROJECTIONS.values()]
     named += [rf"{blocks}{names}\.bias" for flag, names in PROJECTIONS.items() if config[flag]]

@@ -8,7 +8,7 @@ import pytest
 from tiny import LONG_ROPE
 from transformers import Gemma3TextConfig, LlamaConfig, ModernBertConfig, Olmo3Config, PreTrainedConfig
 
-from prune_peak.export import write_config
+from prune_peak.export.folder import write_config
 
 PLAIN = {"rope_type": "default", "rope_theta": 5e4}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e4}

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 MODEL = EXAMPLES / "llama-mini"
 WORDS = ("--ratio", 0.3, "--samples", 4, "--sequence-length", 64, "-q")
-GOES_ON = "the same command goes on from there"
+RESUMES = "the same command resumes"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -129,19 +129,19 @@ def test_a_read_only_folder(bench: Bench, tmp_path: Path) -> None:
 
 
 STEPS = [
-    "compression:open_source",
-    "compression:find_sites",
-    "progress:Progress._recall",
-    "compression:measure",
-    "compression:calibrate_together",
-    "compression:choose",
-    "export:Export.write_block",
-    "progress:Progress.note",
-    "export:Export.finish",
+    "job:open_model",
+    "job:find_sites",
+    "export.resume:ResumableRun._recall",
+    "job:measure",
+    "stats.calibration:collect_together",
+    "compression:plan_site",
+    "export.folder:FolderWriter.write_block",
+    "export.resume:ResumableRun.save_block",
+    "export.folder:FolderWriter.finish",
     "compression:measure_quality",
     "compression:verify",
     "compression:write_card",
-    "progress:Progress.finish",
+    "export.resume:ResumableRun.finish",
 ]
 
 
@@ -149,7 +149,7 @@ STEPS = [
 def test_interrupted_before(step: str, bench: Bench, tmp_path: Path) -> None:
     end = bench.run(tmp_path / "cut", faults.before, step, signal.raise_signal, signal.SIGINT)
     assert end.code == 130
-    assert GOES_ON in end.stderr
+    assert RESUMES in end.stderr
     assert end.stderr.count("\n") == 1
     assert partial(tmp_path / "cut").exists() == (STEPS.index(step) > 1)
     bench.check_resumes(tmp_path / "cut")
@@ -165,7 +165,7 @@ def test_stopped_after(share: float, sent: int, bench: Bench, tmp_path: Path) ->
         seconds *= 0.8
     assert end.code == (130 if sent == signal.SIGINT else -sent)
     if sent == signal.SIGINT:
-        assert GOES_ON in end.stderr
+        assert RESUMES in end.stderr
     bench.check_resumes(tmp_path / "cut")
 
 
@@ -186,17 +186,26 @@ def test_too_little_memory(more: int, bench: Bench, tmp_path: Path) -> None:
     bench.check_resumes(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("step", ["export:Export.write_block", "progress:Progress.note", "progress:Progress.finish"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "export.folder:FolderWriter.write_block",
+        "export.resume:ResumableRun.save_block",
+        "export.resume:ResumableRun.finish",
+    ],
+)
 def test_the_folder_vanishes(step: str, bench: Bench, tmp_path: Path) -> None:
     output = tmp_path / "cut"
     end = bench.run(output, faults.before, step, faults.remove, partial(output))
     assert end.code == 1
-    assert f"{partial(output)} is gone" in end.stderr
+    assert f"{partial(output)} was removed" in end.stderr
     assert not any(tmp_path.iterdir())
     bench.check_resumes(output)
 
 
-@pytest.mark.parametrize("step", ["compression:choose", "progress:Progress.note", "compression:verify"])
+@pytest.mark.parametrize(
+    "step", ["compression:plan_site", "export.resume:ResumableRun.save_block", "compression:verify"]
+)
 @pytest.mark.parametrize("change", [faults.replace, faults.truncate, faults.touch], ids=lambda change: change.__name__)
 def test_a_shard_is_changed_while_it_is_read(change: Any, step: str, bench: Bench, tmp_path: Path) -> None:
     """Nothing is made of half one file and half another."""
@@ -219,7 +228,7 @@ def test_another_run_writes_the_same_folder(bench: Bench, tmp_path: Path) -> Non
     )
     assert end.code == 0, end.stderr
     assert (tmp_path / "said").read_text() == (
-        f"1: Error: another run is writing {output}; let it end, or choose another --output.\n"
+        f"1: Error: another run writes {output}; wait for it, or choose another --output.\n"
     )
     assert digests(output) == bench.expected
     bench.check_source()
@@ -231,13 +240,13 @@ def test_a_folder_that_comes_up_meanwhile_is_left_alone(bench: Bench, tmp_path: 
         [*bench.command, "--output", output], faults.before, "compression:write_card", faults.write, output / "mine.txt"
     )
     assert end.code == 1
-    assert GOES_ON in end.stderr
+    assert RESUMES in end.stderr
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
     shutil.rmtree(output)
     bench.check_kept(output)
 
 
-def test_what_was_there_stays_where_its_replacement_fails(bench: Bench, tmp_path: Path) -> None:
+def test_failed_replacement_keeps_the_old_folder(bench: Bench, tmp_path: Path) -> None:
     """The last change of all, the rename, is refused."""
     output = tmp_path / "cut"
     assert bench.run(output).code == 0
@@ -252,14 +261,14 @@ def test_what_was_there_stays_where_its_replacement_fails(bench: Bench, tmp_path
 
 
 @pytest.mark.parametrize("words", [["inspect", MODEL], ["inspect", MODEL, "--json"]], ids=["table", "json"])
-def test_nobody_reads_the_answer(words: list[object], bench: Bench) -> None:
+def test_closed_stdout(words: list[object], bench: Bench) -> None:
     """As `| head` leaves it: no traceback and no talk."""
     end = bench.server.run(words, faults.close_stdout)
     assert end.code == 1
     assert end.stderr == ""
 
 
-def test_nobody_reads_what_compress_says(bench: Bench, tmp_path: Path) -> None:
+def test_closed_stdout_of_compress(bench: Bench, tmp_path: Path) -> None:
     end = bench.run(tmp_path / "cut", faults.close_stdout)
     assert end.stderr == ""
     assert digests(tmp_path / "cut") == bench.expected

@@ -1,6 +1,6 @@
 import torch
 
-from prune_peak.folding import cut, fold
+from prune_peak.sites.folding import cut, fold
 
 
 def test_fold_and_cut_equal_holding_the_neurons() -> None:

@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
-from prune_peak.cli import main
-from prune_peak.gguf_file import export_gguf
+from prune_peak.cli.main import main
+from prune_peak.export.formats import export_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -30,7 +30,7 @@ TEXT = "The function is called with 12 arguments; it's \n\n  what `Ünïcode` (3
 
 
 def run(*words: object) -> Result:
-    return CliRunner().invoke(main, ["export-gguf", *map(str, words), "-q"])
+    return CliRunner().invoke(main, ["export", *map(str, words), "--format", "gguf", "-q"])
 
 
 def with_tokenizer(tiny: Tiny, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
@@ -104,9 +104,9 @@ def test_narrow_types(dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "host"), [({"mlp": 0.3, "attention": 0.5}, "Llama"), ({"attention": 0.25}, "Granite")]
+    ("ratio", "output_class"), [({"mlp": 0.3, "attention": 0.5}, "Llama"), ({"attention": 0.25}, "Granite")]
 )
-def test_compressed_models(ratio: dict[str, float], host: str, tmp_path: Path, text: Path) -> None:
+def test_compressed_models(ratio: dict[str, float], output_class: str, tmp_path: Path, text: Path) -> None:
     """Hosts of both kinds, with constants in the biases: three heads of 16 do not divide a hidden size of 64."""
     source = with_tokenizer(BY_NAME["llama-no-groups"], tmp_path / "model")
     result = prune_peak.compress(
@@ -117,7 +117,7 @@ def test_compressed_models(ratio: dict[str, float], host: str, tmp_path: Path, t
         sequence_length=64,
         calibration=str(text),
     )
-    assert result.model_class == f"{host}ForCausalLM"
+    assert result.model_class == f"{output_class}ForCausalLM"
     assert run(tmp_path / "cut", tmp_path / "cut.gguf").exit_code == 0
     check_same(tmp_path / "cut", tmp_path / "cut.gguf", 2e-5)
 
@@ -127,8 +127,8 @@ def test_a_window_becomes_the_context_length(tmp_path: Path, text: Path, caplog:
     source = with_tokenizer(BY_NAME["mistral-window"], tmp_path / "source", sliding_window=100)
     folder = tmp_path / "model"
     prune_peak.compress(str(source), 0.3, folder, samples=4, sequence_length=64, calibration=str(text))
-    export_gguf(folder, tmp_path / "model.gguf")
-    assert "the file's context length is 100, not 160." in caplog.text
+    export_model(folder, tmp_path / "model.gguf", format="gguf")
+    assert "the context length of the file is 100, not 160." in caplog.text
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["llama.context_length"].contents() == 100
     check_same(folder, tmp_path / "model.gguf", 2e-5)
@@ -140,7 +140,7 @@ def test_bos_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    export_gguf(folder, tmp_path / "model.gguf")
+    export_model(folder, tmp_path / "model.gguf", format="gguf")
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == "smollm"
     check_same(folder, tmp_path / "model.gguf", 2e-5)
 
@@ -148,7 +148,7 @@ def test_bos_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
 def test_the_file_holds_every_tensor(tmp_path: Path) -> None:
     """By the gguf package's own reader, so that it is seen where llama.cpp is not installed too."""
     folder = with_tokenizer(BY_NAME["qwen2"], tmp_path / "model")
-    export_gguf(folder, tmp_path / "model.gguf")
+    export_model(folder, tmp_path / "model.gguf", format="gguf")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     tensors = {tensor.name: torch.tensor(numpy.array(tensor.data)) for tensor in reader.tensors}
     state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -170,16 +170,16 @@ def test_the_file_holds_every_tensor(tmp_path: Path) -> None:
 
 def test_same_command_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        export_gguf(EXAMPLES / "llama-mini", tmp_path / name)
+        export_model(EXAMPLES / "llama-mini", tmp_path / name, format="gguf")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 MATHEMATICS = {
-    "granite": ("granite", {}, "has embedding_multiplier = 3.0; the arch llama computes as with 1."),
+    "granite": ("granite", {}, "has embedding_multiplier = 3.0; the GGUF architecture llama supports only 1."),
     "yarn": ("qwen2-tied-yarn", {}, "has yarn positions"),
     "gelu": ("llama-untied", {"hidden_act": "gelu"}, "has the activation gelu"),
     "no positions": ("smollm3", {"no_rope_layers": [1, 0, 1]}, "has blocks without rotary positions"),
-    "opt": ("opt", {}, "GGUF files are written of causal LMs of Llama's mathematics"),
+    "opt": ("opt", {}, "expected a causal LM of one of the model types"),
     "classifier": ("llama-classifier", {}, "is a LlamaForSequenceClassification"),
 }
 
@@ -212,7 +212,7 @@ def lowercased() -> Tokenizer:
 
 
 TOKENIZERS = {
-    "unigram": (unigram, "it is a Unigram, no byte-level BPE"),
+    "unigram": (unigram, "it is a Unigram, not a byte-level BPE"),
     "metaspace": (by_metaspace, "it splits text by Metaspace"),
     "lowercase": (lowercased, "it normalizes by Lowercase"),
 }
@@ -232,7 +232,7 @@ def test_more_tokens_than_the_model_knows(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini").save_pretrained(folder)
     result = run(folder, tmp_path / "model.gguf")
     assert result.exit_code == 1
-    assert "has the token 1023, but the model knows 97" in result.stderr
+    assert "has the token 1023, but the vocabulary has 97" in result.stderr
 
 
 def test_files_that_are_there_and_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

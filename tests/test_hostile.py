@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from hostile import CANARY, KINDS, OPTIONS
 from valid import make_all
 
-from prune_peak.cli import main
+from prune_peak.cli.main import main
 
 MEMORY = 2**30  # bytes that a refusal may take on top of what the process has
 SECONDS = 30
@@ -117,15 +117,15 @@ def test_refused_in_one_line(case: str, valid: Path, tmp_path: Path, monkeypatch
 
 
 AS_COMMANDS = [
-    "config: a class of its own",
+    "config: custom class",
     "config: vocabulary 10^9",
     "header: of 2^60 bytes",
-    "header: a pipe",
+    "header: pipe",
     "bin: a payload",
     "bin: a zip bomb",
     "images: a bomb of 50000 x 50000",
-    "stats: a pipe",
-    "plan: prune_peak.json brackets without end",
+    "stats: pipe",
+    "plan: prune_peak.json nested too deeply",
     "options: ratio with escapes",
     "options: bytes infinite",
     "options: command unknown",

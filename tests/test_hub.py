@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import prune_peak
-from prune_peak.cli import main
+from prune_peak.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_private_repository_needs_the_token(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HF_TOKEN", "")
     without = run("inspect", "mini/secret")
     assert without.exit_code == 1
-    assert without.stderr.startswith("Error: mini/secret is not a folder, and the Hub does not give it")
+    assert without.stderr.startswith("Error: mini/secret is not a folder, and the download from the Hub failed")
     assert len(without.stderr.strip().splitlines()) == 1
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert run("inspect", "mini/secret").exit_code == 0
@@ -130,7 +130,7 @@ def test_what_the_hub_does_not_have_is_one_line(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     done = run("inspect", *words)
     assert done.exit_code == 1
-    assert done.stderr.startswith(f"Error: {words[0]} is not a folder, and the Hub does not give it")
+    assert done.stderr.startswith(f"Error: {words[0]} is not a folder, and the download from the Hub failed")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -156,7 +156,7 @@ def test_a_push_makes_the_repository_and_it_loads(calm: LoopbackHub, cut: Path, 
         assert failed.exit_code == 1
         last = failed.stderr.splitlines()[-1]
         assert last.startswith("Error: the push to mini/pushed failed: "), failed.stderr
-        assert last.endswith(f"`prune-peak push {cut} mini/pushed` goes on, and sends nothing twice.")
+        assert last.endswith(f"`prune-peak push {cut} mini/pushed` resumes, and sends nothing twice.")
     assert not list(calm.repositories["mini/pushed"].iterdir())
     calm.trouble = lambda request: None
     done = run(*command)
@@ -205,10 +205,10 @@ def test_compress_and_push_in_one_go(calm: LoopbackHub) -> None:
 
 
 REFUSED_PUSHES = [
-    ("wrong token", "mini/no", {}, "hf_wrong", 1, "the Hub does not know the token. Run `hf auth login`"),
-    ("no token", "mini/no", {}, "", 1, "nobody is logged in. Run `hf auth login`, or set HF_TOKEN."),
-    ("of another", "other/no", {}, TOKEN, 1, "the token may not write there"),
-    ("no name", "a/b/c", {}, TOKEN, 2, "a/b/c is no name of a repository; expected USER/NAME."),
+    ("wrong token", "mini/no", {}, "hf_wrong", 1, "the Hub does not accept the token. Run `hf auth login`"),
+    ("no token", "mini/no", {}, "", 1, "not logged in. Run `hf auth login`, or set HF_TOKEN."),
+    ("of another", "other/no", {}, TOKEN, 1, "the token has no write access there"),
+    ("no name", "a/b/c", {}, TOKEN, 2, "a/b/c is not a valid name of a repository; expected USER/NAME."),
     ("no hub", "mini/no", {"ENDPOINT": "http://127.0.0.1:9"}, TOKEN, 1, "cannot push to mini/no"),
     ("offline", "mini/no", {"HF_HUB_OFFLINE": True}, TOKEN, 1, "HF_HUB_OFFLINE is set."),
 ]

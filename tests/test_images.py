@@ -13,11 +13,11 @@ from PIL import Image
 from tiny import BY_NAME
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from prune_peak.cli import main
+from prune_peak.cli.main import main
+from prune_peak.data.images import choose_images, read_data_set, read_labelled
 from prune_peak.errors import PrunePeakError
-from prune_peak.evaluation import measure_quality, set_image_exam
-from prune_peak.images import choose_images, read_data_set, read_labelled
-from prune_peak.source import Source, open_source
+from prune_peak.evaluation.quality import build_given_eval_set, measure_quality
+from prune_peak.models.loading import Model, open_model
 
 VIT, DIGITS = EXAMPLES / "vit-mini", EXAMPLES / "digits"
 
@@ -32,8 +32,8 @@ def compress(output: Path, *more: object, model: Path = VIT) -> Result:
 
 
 @pytest.fixture
-def source() -> Source:
-    return open_source(str(VIT))
+def source() -> Model:
+    return open_model(str(VIT))
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_images_pass_through_the_models_own_processor(source: Source, folder: Path) -> None:
+def test_images_pass_through_the_models_own_processor(source: Model, folder: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(VIT)
     images = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
     expected = processor(images=images, return_tensors="pt")["pixel_values"]
@@ -58,10 +58,10 @@ def test_images_pass_through_the_models_own_processor(source: Source, folder: Pa
 
 
 @torch.inference_mode()
-def test_the_exam_is_what_stock_transformers_sees(source: Source) -> None:
+def test_pixels_equal_those_of_transformers(source: Model) -> None:
     pixels, labels = read_labelled(str(DIGITS / "held-out"), source)
     logits = AutoModelForImageClassification.from_pretrained(VIT)(pixel_values=pixels).logits
-    quality = measure_quality(source, set_image_exam(source, str(DIGITS / "held-out")))
+    quality = measure_quality(source, build_given_eval_set(source, [str(DIGITS / "held-out")], 0))
     assert quality.metric == "image accuracy"
     assert quality.windows == len(labels) == 360
     assert quality.value == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
@@ -92,33 +92,34 @@ BAD = ["truncated", "not an image", "a program for ghostscript", "empty", "a mil
 
 
 @pytest.mark.parametrize("name", [*BAD, "more pixels than memory"])
-def test_a_bad_image_is_refused_by_its_name(name: str, source: Source, folder: Path) -> None:
+def test_a_bad_image_is_refused_by_its_name(name: str, source: Model, folder: Path) -> None:
     write_bad(name, folder)
-    with pytest.raises(PrunePeakError, match=r"bad\.png (is not an image that can be read|is 1000000 x 1;)"):
+    with pytest.raises(PrunePeakError, match=r"bad\.png (is not a readable image|is 1000000 x 1;)"):
         choose_images(str(folder), source, 100, seed=0)
 
 
-def test_folders_that_cannot_be_used_are_refused(source: Source, folder: Path, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used_are_refused(source: Model, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PrunePeakError, match="holds no image"):
+    with pytest.raises(PrunePeakError, match="has no image"):
         choose_images(str(tmp_path / "empty"), source, 8, seed=0)
-    with pytest.raises(PrunePeakError, match="gives 1 image; expected at least 2"):
+    with pytest.raises(PrunePeakError, match="has 1 image; expected at least 2"):
         choose_images(str(folder), source, 1, seed=0)
-    with pytest.raises(PrunePeakError, match=r"is no label of .*vit-mini \(0, 1, 2, \.\.\.\)"):
+    with pytest.raises(PrunePeakError, match=r"is not a label of .*vit-mini \(0, 1, 2, \.\.\.\)"):
         read_labelled(str(folder), source)
     with pytest.raises(PrunePeakError, match="is not a folder"):
         read_labelled(str(folder / "none"), source)
-    with pytest.raises(PrunePeakError, match="names no images' labels"):
-        set_image_exam(open_source(str(BY_NAME["siglip-tower"].save(tmp_path / "tower"))), str(DIGITS / "held-out"))
+    tower = open_model(str(BY_NAME["siglip-tower"].save(tmp_path / "tower")))
+    with pytest.raises(PrunePeakError, match="does not classify images"):
+        build_given_eval_set(tower, [str(DIGITS / "held-out")], 0)
 
 
 def test_a_processor_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     path = BY_NAME["vit"].save(tmp_path / "vit")
-    with pytest.raises(PrunePeakError, match="holds no image processor"):
-        choose_images(str(folder), open_source(str(path)), 8, seed=0)
+    with pytest.raises(PrunePeakError, match="has no image processor"):
+        choose_images(str(folder), open_model(str(path)), 8, seed=0)
     shutil.copy(VIT / "preprocessor_config.json", path)
-    with pytest.raises(PrunePeakError, match=r"3 x 8 x 8 .* The two do not belong together"):
-        choose_images(str(folder), open_source(str(path)), 8, seed=0)
+    with pytest.raises(PrunePeakError, match=r"3 x 8 x 8 .* Use the processor that belongs to the model"):
+        choose_images(str(folder), open_model(str(path)), 8, seed=0)
 
 
 def test_a_data_set_of_images_is_read_where_the_extra_is_there(folder: Path, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_vision_model_is_cut_on_images(sites: str, tmp_path: Path) -> None:
     assert recipe["options"]["samples"] == 48
     assert recipe["options"]["sequence_length"] is None
     assert "48 images of calibration" in (output / "README.md").read_text()
-    assert run("verify", output, "--model", VIT, "-q").exit_code == 0
+    assert run("verify", output, "--original", VIT, "-q").exit_code == 0
 
 
 def test_there_are_no_images_of_the_models_own(tmp_path: Path) -> None:

@@ -9,18 +9,19 @@ import transformers
 from click.testing import CliRunner
 from conftest import EXAMPLES
 from test_law import KEPT, cut_tiny
-from tiny import BY_NAME, TINY, Tiny
+from tiny import BY_NAME, TINY, Tiny, widths_of
 
-from prune_peak.cli import main
-from prune_peak.families import FAMILIES
-from prune_peak.hosts import ENGINES, choose_target
+from prune_peak.cli.main import main
+from prune_peak.conversion.choice import choose_conversion
+from prune_peak.conversion.classes import ENGINES
 from prune_peak.inspection import inspect
-from prune_peak.sites import KINDS, find_sites
-from prune_peak.source import open_blueprint, open_source
+from prune_peak.models.families import FAMILIES
+from prune_peak.models.loading import open_model, open_model_spec
+from prune_peak.sites.finding import find_sites, labels
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
-def test_inspect_foretells_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
+def test_inspect_predicts_the_output(tiny: Tiny, tmp_path: Path) -> None:
     """From a folder that holds nothing but the config."""
     tiny.save(tmp_path / "source")
     alone = tmp_path / "alone"
@@ -37,18 +38,18 @@ def test_inspect_foretells_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
     assert (mlp.kind, mlp.neurons, mlp.kept) == ("mlp", width, kept)
     assert [inspection.written_as] == written["architectures"]
     assert inspection.parameters == source.parameters
-    cut = open_source(str(tmp_path / "cut"))
+    cut = open_model(str(tmp_path / "cut"))
     assert inspection.parameters_after == cut.parameters
     # what is written holds the constants of the MLP where `inspect` says, and its own class is written where it does
-    mlp_bias = mlp.constants.removeprefix("to the bias of ").split(",")[0] + ".bias"
+    mlp_bias = mlp.folded_into.removeprefix("to the bias of ").split(",")[0] + ".bias"
     biases = [cut.read(name) for name in cut.names if name.endswith(f".{mlp_bias}")]
-    assert bool(biases) != mlp.constants.startswith("nowhere")
+    assert bool(biases) != mlp.folded_into.startswith("nowhere")
     assert all(bool(bias.any()) for bias in biases)
-    assert bool(inspection.why) == (inspection.written_as != inspection.model_class or not biases)
+    assert bool(inspection.reason) == (inspection.written_as != inspection.model_class or not biases)
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
-def test_inspect_says_what_becomes_of_attention(tiny: Tiny, tmp_path: Path) -> None:
+def test_inspect_attention(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny.build()
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
@@ -56,27 +57,29 @@ def test_inspect_says_what_becomes_of_attention(tiny: Tiny, tmp_path: Path) -> N
     family = FAMILIES[inspection.model_type]
     if family.attention is None:
         assert [site.kind for site in inspection.sites] == ["mlp"]
-        assert "no stock class can hold" in inspection.whole["attention"]
+        assert "no stock class supports" in inspection.unprunable["attention"]
         return
     _, attention = inspection.sites
-    assert attention.in_place == (family.attention.fixed or tiny.stiff)
-    assert bool(inspection.whole) == attention.in_place
-    blueprint = open_blueprint(str(tmp_path))
-    sites = find_sites(blueprint.blank, family, ["attention"], keep_shape=attention.in_place)
-    target = choose_target(blueprint, sites, {"attention": sites[0].neurons - attention.step}, torch.float32)
+    assert attention.in_place == (not family.attention.heads_prunable or tiny.stiff)
+    assert bool(inspection.unprunable) == attention.in_place
+    blueprint = open_model_spec(str(tmp_path))
+    sites = find_sites(blueprint.meta_model, family, ["attention"], keep_shape=attention.in_place)
+    target = choose_conversion(
+        blueprint, sites, widths_of(sites, {"attention": sites[0].neurons - attention.step}), torch.float32
+    )
     assert attention.written_as == target.model_class.__name__
-    if attention.constants.startswith("nowhere"):
+    if attention.folded_into.startswith("nowhere"):
         assert target.zero_filled == ("attention",)
     else:
-        bias = attention.constants.removeprefix("to the bias of ").split(",")[0] + ".bias"
-        assert any(name.endswith(bias) for name in target.blank.state_dict())
+        bias = attention.folded_into.removeprefix("to the bias of ").split(",")[0] + ".bias"
+        assert any(name.endswith(bias) for name in target.meta_model.state_dict())
 
 
-def test_every_family_is_inspected_above() -> None:
+def test_every_family_is_inspected() -> None:
     assert {tiny.configure().model_type for tiny in TINY} == set(FAMILIES)
 
 
-def test_the_command_says_what_a_person_wants_to_know() -> None:
+def test_inspect_table() -> None:
     result = CliRunner().invoke(main, ["inspect", str(EXAMPLES / "llama-mini"), "--ratio", "0.5"])
     assert result.exit_code == 0, result.output
     for words in (
@@ -91,7 +94,7 @@ def test_the_command_says_what_a_person_wants_to_know() -> None:
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
-def test_the_command_names_cut_host_constants_and_engines(tiny: Tiny, tmp_path: Path) -> None:
+def test_inspect_table_of_every_family(tiny: Tiny, tmp_path: Path) -> None:
     """Of every kind of model, or says that there is none."""
     config = tiny.build().config
     config.architectures = [f"{tiny.family}{tiny.head}"]
@@ -99,39 +102,39 @@ def test_the_command_names_cut_host_constants_and_engines(tiny: Tiny, tmp_path: 
     result = CliRunner().invoke(main, ["inspect", str(tmp_path), "--ratio", "0.5"])
     assert result.exit_code == 0, result.output
     said = {line[:12].strip(): line for line in result.stdout.splitlines()}
-    for kind in KINDS:
+    for kind in labels():
         cut = re.search(r"(\d+) neurons .* constants go (to the bias of \S+|nowhere: .*)", said[kind])
-        assert cut or "no stock class can hold" in said[kind], said[kind]
+        assert cut or "no stock class supports" in said[kind], said[kind]
     assert re.search(r"mlp +\d+ neurons", said["mlp"])
-    host = re.search(r"written as +(\w+)", said["written as"])
-    assert host
-    written = getattr(transformers, host[1]).config_class.model_type
-    engines = ENGINES.get(written, ("of no serving engine is it known",))
+    output_class = re.search(r"written as +(\w+)", said["written as"])
+    assert output_class
+    written = getattr(transformers, output_class[1]).config_class.model_type
+    engines = ENGINES.get(written, ("no serving engine known",))
     assert all(engine in said["read by"] for engine in engines), said["read by"]
 
 
-def test_engines_are_named_for_classes_that_are_written() -> None:
+def test_engines_are_families() -> None:
     assert set(ENGINES) <= set(FAMILIES)
 
 
-def test_what_has_one_unit_is_left_whole(tmp_path: Path) -> None:
+def test_single_unit_is_not_pruned(tmp_path: Path) -> None:
     """All heads share one group of keys and values, which cannot leave."""
     inspection = inspect(str(BY_NAME["llama-one-group"].save(tmp_path)), unit="group")
     assert [site.kind for site in inspection.sites if not site.in_place] == ["mlp"]
-    assert "then none is left" in inspection.whole["attention"]
+    assert "so none would be left" in inspection.unprunable["attention"]
 
 
-def test_a_dry_run_asks_of_statistics_what_the_run_will(tmp_path: Path, text: Path) -> None:
+def test_dry_run_checks_statistics(tmp_path: Path, text: Path) -> None:
     model, stats = EXAMPLES / "llama-mini", tmp_path / "plain.stats"
     made = ["calibrate", "--model", str(model), "--output", str(stats), "--calibration", str(text), "--samples", "4"]
     assert CliRunner().invoke(main, [*made, "-q"]).exit_code == 0
     words = ["compress", "--model", str(model), "--ratio", "0.3", "--no-refit", "--stats", str(stats), "--dry-run"]
     assert CliRunner().invoke(main, words).exit_code == 0
     refused = CliRunner().invoke(main, [*words, "--fill", "auto"])
-    assert "holds no products of neurons, needed for --fill auto" in refused.stderr
+    assert "holds no covariances, required for --fill auto" in refused.stderr
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["compress", "--model", str(EXAMPLES / "llama-mini"), "--ratio", "0.3", "--dry-run", "--json", "-q"]
     result = CliRunner().invoke(main, words)

@@ -1,13 +1,15 @@
-"""The law: the written checkpoint computes what the original computes with its cut neurons held at their fills."""
+"""The written checkpoint computes what the original computes with its pruned neurons held at their fills.
+
+Helpers and special cases; `test_site_kinds.py` tests every kind of site in every family.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import BY_NAME, MORE_HEADS, TINY, VISION, VOCABULARY, Tiny, random_inputs
+from tiny import BY_NAME, VOCABULARY, random_inputs, unused_rows
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,19 +22,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prune_peak.ablation import ablated
-from prune_peak.blocks import Batch
-from prune_peak.calibration import calibrate, into_batches
-from prune_peak.checkpoint import Checkpoint
+from prune_peak.conversion.choice import choose_conversion
+from prune_peak.data.windows import into_batches
 from prune_peak.errors import PrunePeakError
-from prune_peak.export import Export
-from prune_peak.families import FAMILIES
-from prune_peak.hosts import choose_target, lay_out
-from prune_peak.planning import narrow_heads
-from prune_peak.selection import Choice, select
-from prune_peak.sites import Site, cuttable_kinds, find_sites
-from prune_peak.source import Source, open_source
-from prune_peak.verification import FLOAT32_BOUND, Outputs, read_plan
+from prune_peak.export.folder import FolderWriter
+from prune_peak.export.recipe import read_plan
+from prune_peak.models.loading import Model, open_model
+from prune_peak.models.streaming import Batch
+from prune_peak.pruning.site_pruning import select
+from prune_peak.sites.finding import find_sites
+from prune_peak.sites.hooks import ablated
+from prune_peak.sites.plan import SitePlan
+from prune_peak.sites.site import Site
+from prune_peak.stats.collection import collect
+from prune_peak.verification import FLOAT32_BOUND, Outputs
 
 KEPT = 40
 AUTO = {
@@ -53,26 +56,27 @@ def cut_tiny(
     kinds: Sequence[str] = ("mlp",),
     unit: str = "head",
     keep_shape: bool = False,
-) -> Source:
-    """Calibrate on random tokens and write, without a tokenizer; returns the opened source.
+) -> Model:
+    """Calibrate on random tokens and write, without a tokenizer; returns the source model.
 
-    The MLP keeps `KEPT` neurons; attention half of its heads, KV groups or neurons, or a little more.
+    The MLP keeps `KEPT` neurons; attention at least half of its heads, KV groups or neurons.
     """
     output.mkdir()
-    source = open_source(str(folder))
-    sites = find_sites(source.blank, source.family, kinds, unit, keep_shape)
-    kept = {site.kind: kept_mlp(site) if site.kind == "mlp" else kept_attention(site) for site in sites}
-    target = choose_target(source, sites, kept, source.dtype)
-    batches = batches or into_batches(random_inputs(source.blank, 6)[source.blank.main_input_name], tokens=128)
-    plans: dict[int, dict[str, Choice]] = defaultdict(dict)
-    for observed in calibrate(source, target.sites, batches, torch.float32):
+    source = open_model(str(folder))
+    sites = find_sites(source.meta_model, source.family, kinds, unit, keep_shape)
+    kept = {site.name: kept_mlp(site) if site.label == "mlp" else kept_attention(site) for site in sites}
+    conversion = choose_conversion(source, sites, kept, source.dtype)
+    batches = batches or into_batches(
+        random_inputs(source.meta_model, 6)[source.meta_model.main_input_name], tokens=128
+    )
+    plans: dict[int, dict[str, SitePlan]] = defaultdict(dict)
+    for observed in collect(source, conversion.sites, batches, torch.float32):
         site, summary = observed.site, observed.stats.summarize()
         weight = site.as_matrix(source.read(site.weight))
-        choice = select(site, summary, weight, kept[site.kind], fill)
-        if site.narrowed:
-            choice = replace(choice, narrowing=narrow_heads(observed, kept[site.kind])[0])
-        plans[site.block][site.name] = choice
-    with Export(target, lay_out(target), output) as export:
+        site_plan = select(site, summary, weight, kept[site.name], fill)
+        moments = [(moments.mean, moments.covariance) for moments in observed.outputs]
+        plans[site.block][site.name], _ = site.kind.complete(site, site_plan, moments)
+    with FolderWriter(source, conversion, output) as export:
         for block, plan in plans.items():
             export.write_block(block, plan)
         export.finish()
@@ -80,7 +84,7 @@ def cut_tiny(
 
 
 def kept_mlp(site: Site) -> int:
-    return KEPT // site.step * site.step
+    return KEPT // site.kind.step(site, 1) * site.kind.step(site, 1)
 
 
 def kept_attention(site: Site) -> int:
@@ -89,7 +93,7 @@ def kept_attention(site: Site) -> int:
 
 
 def load(folder: Path, head: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The folder by transformers alone, with nothing missing, unexpected or mismatched."""
+    """Load the folder by transformers, with nothing missing, unexpected or mismatched."""
     auto = AUTO.get(head, AutoModelForCausalLM)
     model, info = auto.from_pretrained(folder, output_loading_info=True, dtype=dtype)
     assert not any(info.values()), info
@@ -125,7 +129,7 @@ def outputs(model: PreTrainedModel, teacher: torch.Tensor | None = None) -> Outp
 
 
 def check_same(expected: Outputs, ours: Outputs) -> dict[str, str]:
-    """Asserts the law; returns the largest difference of each stage."""
+    """Assert that outputs are equal; return the largest difference of each stage."""
     differences = {}
     for stage, logits in expected.logits.items():
         difference = ((ours.logits[stage] - logits).abs().max() / logits.abs().max()).item()
@@ -136,113 +140,32 @@ def check_same(expected: Outputs, ours: Outputs) -> dict[str, str]:
     return differences
 
 
-MLP, ATTENTION, BOTH = ("mlp",), ("attention",), ("mlp", "attention")
-ALL = TINY + MORE_HEADS
-NARROWER = [
-    tiny for tiny in ALL if "attention" in cuttable_kinds(FAMILIES[tiny.configure().model_type]) and not tiny.stiff
-]
-ONE_GROUP = ("llama-one-group", "falcon-7b", "falcon-7b-biased-untied", "gemma-wide-heads")
-CASES = []
-for number, tiny in enumerate(ALL):
-    cases = [(tiny, MLP, "head", "mean"), (tiny, MLP, "head", "peak")]
-    if tiny in NARROWER:
-        unit = "neuron" if tiny.family in VISION else "head" if tiny.name in ONE_GROUP else "group"
-        cases += [(tiny, ATTENTION, "head", "mean"), (tiny, ATTENTION if unit == "neuron" else BOTH, unit, "peak")]
-    # every other one is left to `-m real`: another fill of the same MLP, another unit of the same attention
-    CASES += [pytest.param(*case, marks=[pytest.mark.real] * ((at + number) % 2)) for at, case in enumerate(cases)]
-
-
-@pytest.mark.parametrize(("tiny", "kinds", "unit", "fill"), CASES, ids=lambda value: getattr(value, "name", str(value)))
-def test_written_checkpoint_equals_the_ablated_original(
-    tiny: Tiny, kinds: tuple[str, ...], unit: str, fill: str, tmp_path: Path, law_table: list[tuple[str, ...]]
-) -> None:
-    source = cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "cut", fill, kinds=kinds, unit=unit)
-    plan = read_plan(tmp_path / "cut")
-    sites = find_sites(source.blank, source.family, kinds, unit)
-    assert set(plan) == {site.name for site in sites}
-    if "mlp" in kinds:
-        keeps = [plan[site.name].keep for site in sites if site.kind == "mlp"]
-        assert all(len(keep) == kept_mlp(sites[-1]) for keep in keeps)
-        assert not torch.equal(keeps[0], keeps[1])
-    original = load(tmp_path / "source", tiny.head)
-    dense = outputs(original)
-    with ablated(original, sites, plan):
-        expected = outputs(original)
-    stage = next(iter(dense.logits))
-    changed = (dense.logits[stage] - expected.logits[stage]).abs().max() / dense.logits[stage].abs().max()
-    assert changed > 1e-3, "the ablation changes nothing, so this test proves nothing"
-    ours = load(tmp_path / "cut", tiny.head)
-    seen = check_same(expected, outputs(ours, expected.decoded))
-    before, after = original.num_parameters(), ours.num_parameters()
-    assert after < before
-    if type(ours) is type(original):  # then tensors keep the names that stock saving gives, and older releases know
-        assert set(Checkpoint(tmp_path / "source").names) <= set(Checkpoint(tmp_path / "cut").names)
-    stages = (seen.get(stage, "-") for stage in ("padded", "prefill", "decode"))
-    sizes = (f"{before:,}", f"{after:,}")
-    what = " and ".join(kind if kind == "mlp" else f"{unit}s" for kind in kinds)
-    law_table.append((tiny.name, source.family.model_type, what, type(ours).__name__, fill, *stages, *sizes))
-
-
-ONE_EACH = {tiny.configure().model_type: tiny for tiny in TINY}.items()
-IN_PLACE = [(tiny, ATTENTION, "neuron") for model_type, tiny in ONE_EACH if FAMILIES[model_type].attention]
-IN_PLACE += [(BY_NAME[name], ATTENTION, "head") for name in ("bert", "gpt2", "gpt-neox-parallel", "llama-one-group")]
-IN_PLACE += [(BY_NAME[name], BOTH, "group") for name in ("opt-no-bias", "mistral-window")]
-
-
-@pytest.mark.parametrize(("tiny", "kinds", "unit"), IN_PLACE, ids=lambda value: getattr(value, "name", str(value)))
-def test_what_is_folded_in_place_equals_the_ablated_original(
-    tiny: Tiny, kinds: tuple[str, ...], unit: str, tmp_path: Path, law_table: list[tuple[str, ...]]
-) -> None:
-    folder = tiny.save(tmp_path / "source")
-    source = cut_tiny(folder, tmp_path / "cut", "mean", kinds=kinds, unit=unit, keep_shape=True)
-    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.blank, source.family, kinds, unit, keep_shape=True)
-    original, ours = load(folder, tiny.head), load(tmp_path / "cut", tiny.head)
-    with ablated(original, sites, plan):
-        expected = outputs(original)
-    seen = check_same(expected, outputs(ours, expected.decoded))
-    shapes = {name: tensor.shape for name, tensor in original.state_dict().items()}
-    written = ours.state_dict()
-    if type(ours) is not type(original):  # the class that has a bias for the constants says all in other words
-        sites = []
-        assert ours.num_parameters() >= original.num_parameters()
-    else:
-        assert all(written[name].shape == shape for name, shape in shapes.items())
-        assert all(name.endswith(".bias") for name in written.keys() - shapes)
-    for site in sites:
-        assert 0 < len(plan[site.name].keep) < site.neurons
-        idle = {name: site.idle(name, plan[site.name].keep) for name in site.cuts}
-        assert len(idle[site.weight]) == site.neurons - len(plan[site.name].keep)
-        for name, axis in site.cuts.items():
-            assert not written[name].index_select(axis, idle[name]).any()
-    stages = (seen.get(stage, "-") for stage in ("padded", "prefill", "decode"))
-    sizes = (f"{original.num_parameters():,}", f"{ours.num_parameters():,}")
-    what = " and ".join(kind if kind == "mlp" else f"{unit}s" for kind in kinds) + ", in place"
-    law_table.append((tiny.name, source.family.model_type, what, type(ours).__name__, "mean", *stages, *sizes))
+ATTENTION = ("attention",)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gpt-neox-parallel", "distilbert", "opt", "llama-eight-heads"])
-def test_a_head_that_goes_whole_is_zero_and_no_other_is(name: str, tmp_path: Path) -> None:
-    """Queries, keys and values of the first head are idle, as the stock class orders them: moving them is not felt."""
+def test_idle_rows_have_no_effect(name: str, tmp_path: Path) -> None:
+    """With its first heads pruned in place, queries, keys and values of these heads do not change the output."""
     tiny = BY_NAME[name]
     model = tiny.build()
-    source = open_source(str(tiny.save(tmp_path / "source")))
-    site = find_sites(source.blank, source.family, ATTENTION, keep_shape=True)[0]
+    source = open_model(str(tiny.save(tmp_path / "source")))
+    site = find_sites(source.meta_model, source.family, ATTENTION, keep_shape=True)[0]
     state, keep = model.state_dict(), torch.arange(site.neurons // 2, site.neurons)
-    idle = {name: site.idle(name, keep) for name in site.cuts}
-    assert all(len(idle[name]) * 2 == state[name].shape[axis] for name, axis in site.cuts.items())
-    state[site.weight].index_fill_(site.cuts[site.weight], idle[site.weight], 0)
+    idle = {name: unused_rows(site, name, keep) for name in site.slices}
+    assert all(len(idle[name]) * 2 == state[name].shape[part.axis] for name, part in site.slices.items())
+    state[site.weight].index_fill_(site.slices[site.weight].axis, idle[site.weight], 0)
     expected = outputs(model)
-    for name, axis in site.cuts.items():
+    for name, part in site.slices.items():
         if name != site.weight:
-            state[name].index_fill_(axis, idle[name], 3.0)
+            state[name].index_fill_(part.axis, idle[name], 3.0)
     check_same(expected, outputs(model, expected.decoded))
 
 
-def test_what_no_stock_class_can_hold_is_refused(tmp_path: Path) -> None:
-    source = open_source(str(BY_NAME["opt"].save(tmp_path / "opt")))
-    with pytest.raises(PrunePeakError, match=r"no stock class can hold a narrower attention of the family opt"):
-        find_sites(source.blank, source.family, ["attention"])
-    # a norm over each head has the width of the hidden size over the heads, which a narrower attention changes
+def test_unsupported_attention_is_refused(tmp_path: Path) -> None:
+    source = open_model(str(BY_NAME["opt"].save(tmp_path / "opt")))
+    with pytest.raises(PrunePeakError, match=r"no stock class supports fewer heads for the family opt"):
+        find_sites(source.meta_model, source.family, ["attention"])
+    # a norm over each head has hidden size / heads values, which pruning heads would change
     BY_NAME["phi-tied-qk-norm"].save(tmp_path / "phi")
     with pytest.raises(PrunePeakError, match="layernorm"):
         cut_tiny(tmp_path / "phi", tmp_path / "cut", "mean", kinds=ATTENTION)
@@ -252,7 +175,7 @@ def test_what_no_stock_class_can_hold_is_refused(tmp_path: Path) -> None:
 def test_attention_implementations_agree(name: str, tmp_path: Path) -> None:
     tiny = BY_NAME[name]
     source = cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "cut", "mean")
-    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.blank, source.family)
+    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.meta_model, source.family)
     original, ours = load(tmp_path / "source", tiny.head), load(tmp_path / "cut", tiny.head)
     original.set_attn_implementation("eager")
     ours.set_attn_implementation("eager")
@@ -261,8 +184,8 @@ def test_attention_implementations_agree(name: str, tmp_path: Path) -> None:
     check_same(expected, outputs(ours, expected.decoded))
 
 
-def test_window_is_really_shorter_than_the_text(tmp_path: Path) -> None:
-    """Control: the same weights without the window give something else, so the window case proves the window."""
+def test_window_is_shorter_than_the_text(tmp_path: Path) -> None:
+    """Control: without the window, the same weights give other logits."""
     folder = BY_NAME["mistral-window"].save(tmp_path / "source")
     windowed = load(folder, "ForCausalLM")
     expected = outputs(windowed)
@@ -271,12 +194,12 @@ def test_window_is_really_shorter_than_the_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "opt"])
-def test_base_class_checkpoint_stays_one(name: str, tmp_path: Path) -> None:
+def test_base_class_is_kept(name: str, tmp_path: Path) -> None:
     tiny = BY_NAME[name]
     tiny.build().base_model.save_pretrained(tmp_path / "source")
     source = cut_tiny(tmp_path / "source", tmp_path / "cut", "mean")
     assert source.model_class.__name__ == f"{tiny.family}Model"
-    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.blank, source.family)
+    plan, sites = read_plan(tmp_path / "cut"), find_sites(source.meta_model, source.family)
     original = load(tmp_path / "source", "Model")
     with ablated(original, sites, plan):
         expected = outputs(original)
@@ -284,12 +207,12 @@ def test_base_class_checkpoint_stays_one(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mistral-window", "opt-350m"])
-def test_a_cut_checkpoint_can_be_cut_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_twice(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = BY_NAME[name]
     cut_tiny(tiny.save(tmp_path / "source"), tmp_path / "once", "mean")
     monkeypatch.setattr("test_law.KEPT", 24)
     source = cut_tiny(tmp_path / "once", tmp_path / "twice", "mean")
-    plan, sites = read_plan(tmp_path / "twice"), find_sites(source.blank, source.family)
+    plan, sites = read_plan(tmp_path / "twice"), find_sites(source.meta_model, source.family)
     once = load(tmp_path / "once", tiny.head)
     with ablated(once, sites, plan):
         expected = outputs(once)

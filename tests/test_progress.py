@@ -12,9 +12,9 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from test_compress import compress, digests, run
 
-from prune_peak import planning
 from prune_peak.errors import PrunePeakError
-from prune_peak.progress import Progress
+from prune_peak.export.resume import ResumableRun
+from prune_peak.pruning import site_pruning
 
 MODEL = EXAMPLES / "llama-mini"
 BENCH = Path(__file__).parent.parent / "bench"
@@ -22,17 +22,17 @@ BENCH = Path(__file__).parent.parent / "bench"
 
 def interrupt_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C once so many blocks are finished."""
-    note = Progress.note
+    save_block = ResumableRun.save_block
     count = 0
 
-    def noting(self: Progress, *args: object) -> None:
+    def noting(self: ResumableRun, *args: object) -> None:
         nonlocal count
-        note(self, *args)  # type: ignore[arg-type]
+        save_block(self, *args)  # type: ignore[arg-type]
         count += 1
         if count == blocks:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "note", noting)
+    monkeypatch.setattr(ResumableRun, "save_block", noting)
 
 
 @pytest.fixture
@@ -42,15 +42,15 @@ def stopped(tmp_path: Path, text: Path) -> Path:
         interrupt_after(2, patch)
         result = compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit")
     assert result.exit_code == 130
-    assert "the same command goes on" in result.stderr
+    assert "the same command resumes" in result.stderr
     assert not (tmp_path / "cut").exists()
     return tmp_path / "cut.partial"
 
 
-def test_the_same_command_goes_on(stopped: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_resumes(stopped: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decided = []
-    refit_best = planning.refit_best
-    monkeypatch.setattr(planning, "refit_best", lambda *args: decided.append(1) or refit_best(*args))
+    refit_best = site_pruning.refit_best
+    monkeypatch.setattr(site_pruning, "refit_best", lambda *args: decided.append(1) or refit_best(*args))
     assert compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit").exit_code == 0
     resumed = len(decided)
     assert compress(MODEL, tmp_path / "whole", text, "--samples", 4, "--refit").exit_code == 0
@@ -72,7 +72,7 @@ def test_what_was_damaged_is_done_again(stopped: Path, tmp_path: Path, text: Pat
 def test_another_command_does_not_go_on(stopped: Path, tmp_path: Path, text: Path) -> None:
     result = compress(MODEL, tmp_path / "cut", text, "--samples", 4, "--refit", "--fill", "mean", "--seed", 1)
     assert result.exit_code == 1
-    assert "asked for something else (fill, seed)" in result.stderr
+    assert "different options (fill, seed)" in result.stderr
     assert stopped.exists()
 
 
@@ -91,7 +91,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, text: Path) -> No
     (partial / "mine.txt").write_text("precious")
     result = compress(MODEL, tmp_path / "cut", text, "--samples", 4)
     assert result.exit_code == 1
-    assert "did not end" in result.stderr
+    assert "unfinished run" in result.stderr
     assert (partial / "mine.txt").read_text() == "precious"
 
 
@@ -100,7 +100,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path, text: Path) -> None:
     with FileLock(tmp_path / "cut.partial" / "lock"):
         result = compress(MODEL, tmp_path / "cut", text, "--samples", 4)
     assert result.exit_code == 1
-    assert "another run is writing" in result.stderr
+    assert "another run writes" in result.stderr
     assert compress(MODEL, tmp_path / "cut", text, "--samples", 4).exit_code == 0
 
 
@@ -116,9 +116,7 @@ def test_killed_at_random_moments(text: Path) -> None:
 
 
 @pytest.mark.parametrize("made_of_it", [KeyboardInterrupt, UnboundLocalError, PrunePeakError])
-def test_an_interrupt_is_one_whatever_a_library_makes_of_it(
-    made_of_it: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_inside_a_library(made_of_it: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object, **options: object) -> None:
         try:
             signal.raise_signal(signal.SIGINT)

@@ -80,7 +80,7 @@ def test_smollm2_compresses_and_loads_with_stock_transformers(smollm2: Path, pro
 def test_perplexity_is_that_of_a_plain_loop(smollm2: Path, prose: Path) -> None:
     windows, length = 4, 256
     answer = json.loads(
-        run("evaluate", smollm2, "--text", prose, "--windows", windows, "--sequence-length", length,
+        run("evaluate", smollm2, "--data", prose, "--windows", windows, "--sequence-length", length,
             "--dtype", "float32", "--json", "-q")
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
-from prune_peak.evidence import Evidence, Gram, Grams, Rows, Tape
-from prune_peak.folding import fold
-from prune_peak.refit import PROJECTIONS, PROTECTED, Fitting, eliminate, output_error, refit_best
-from prune_peak.selection import Choice
+from prune_peak.pruning.elimination import PROTECTED, eliminate
+from prune_peak.pruning.refit import PROJECTIONS, RefitSolver, output_error, refit_best
+from prune_peak.sites.folding import fold
+from prune_peak.sites.plan import SitePlan
+from prune_peak.stats.covariance import ActivationBuffer, GramAccumulator, RawActivations, SecondOrderSplit, SplitGram
 
 NEURONS, HIDDEN, KEPT = 24, 6, 15
 
@@ -31,25 +32,25 @@ def correlated(tokens: int, neurons: int = NEURONS) -> Tensor:
     )
 
 
-def gram_of(values: Tensor) -> Gram:
-    gram = Gram(values[0].clone())
+def gram_of(values: Tensor) -> GramAccumulator:
+    gram = GramAccumulator(values[0].clone())
     gram.add(values)
     return gram
 
 
-def evidence_of(fitted: Gram, held_out: Gram) -> Evidence:
-    return Evidence(fitted.moments(), held_out.moments(), fitted.moments())
+def evidence_of(fitted: GramAccumulator, held_out: GramAccumulator) -> SecondOrderSplit:
+    return SecondOrderSplit(fitted.moments(), held_out.moments(), fitted.moments())
 
 
-def site() -> tuple[Tensor, Tensor, Choice]:
+def site() -> tuple[Tensor, Tensor, SitePlan]:
     keep = torch.randperm(NEURONS)[:KEPT].sort().values
-    return torch.randn(HIDDEN, NEURONS), torch.randn(HIDDEN), Choice(keep, torch.randn(NEURONS))
+    return torch.randn(HIDDEN, NEURONS), torch.randn(HIDDEN), SitePlan(keep, torch.randn(NEURONS))
 
 
 def test_without_a_ridge_it_is_least_squares() -> None:
     values = correlated(400)
     weight, bias, choice = site()
-    columns, offset = Fitting(weight, bias, choice, gram_of(values).moments()).solve(1e-10)
+    columns, offset = RefitSolver(weight, bias, choice, gram_of(values).moments()).solve(1e-10)
     design = numpy.concatenate([values[:, choice.keep].numpy(), numpy.ones((400, 1))], axis=1)
     wanted = (values @ weight.T + bias).numpy()
     solution = numpy.linalg.lstsq(design.astype(float), wanted.astype(float), rcond=None)[0]
@@ -60,7 +61,7 @@ def test_without_a_ridge_it_is_least_squares() -> None:
 
 def test_an_infinite_ridge_is_the_pure_fold() -> None:
     weight, bias, choice = site()
-    equations = Fitting(weight, bias, choice, gram_of(correlated(400)).moments())
+    equations = RefitSolver(weight, bias, choice, gram_of(correlated(400)).moments())
     for ridge in (math.inf, 1e12):
         columns, offset = equations.solve(ridge)
         assert torch.allclose(columns, weight[:, choice.keep], atol=1e-5)
@@ -69,8 +70,8 @@ def test_an_infinite_ridge_is_the_pure_fold() -> None:
 
 def test_keeping_all_is_the_identity() -> None:
     weight, bias, _ = site()
-    everything = Choice(torch.arange(NEURONS), torch.zeros(NEURONS))
-    columns, offset = Fitting(weight, bias, everything, gram_of(correlated(99)).moments()).solve(0.1)
+    everything = SitePlan(torch.arange(NEURONS), torch.zeros(NEURONS))
+    columns, offset = RefitSolver(weight, bias, everything, gram_of(correlated(99)).moments()).solve(0.1)
     assert torch.allclose(columns, weight, atol=1e-6)
     assert torch.allclose(offset, bias, atol=1e-6)
 
@@ -108,13 +109,13 @@ def test_the_strongest_neurons_stay() -> None:
 def test_moments_are_those_of_all_tokens(dtype: torch.dtype) -> None:
     """Also with means many deviations from zero, and in bfloat16 as exact as its own values."""
     values = (correlated(600) * (torch.arange(NEURONS) % 3 > 0) + 20).to(dtype)
-    grams = Grams(values[0].float())
+    grams = SplitGram(values[0].float())
     for batch in values.split(250):
         grams.add(batch)
     exact = values.double()
     for moments, part in (
-        (grams.evidence().whole, exact),
-        (grams.evidence().held_out, torch.cat([batch[len(batch) * 5 // 6 :] for batch in exact.split(250)])),
+        (grams.second_order().whole, exact),
+        (grams.second_order().held_out, torch.cat([batch[len(batch) * 5 // 6 :] for batch in exact.split(250)])),
     ):
         assert torch.allclose(moments.mean, part.mean(0), atol=1e-6)
         assert torch.allclose(moments.covariance.double(), part.T.cov(correction=0), atol=1e-3)
@@ -122,24 +123,24 @@ def test_moments_are_those_of_all_tokens(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("about_zero", [False, True])
 @pytest.mark.parametrize("tokens", [12, 60])
-def test_rows_tell_what_moments_tell(tokens: int, about_zero: bool) -> None:
+def test_activations_equal_moments(tokens: int, about_zero: bool) -> None:
     """Few tokens or many, ridge regression and its error are the same from activations as from their products."""
     values = correlated(tokens) + 3
     weight, bias, choice = site()
     if about_zero:
         choice = replace(choice, fill=torch.zeros(NEURONS))
-    grams, tape = Grams(values[0].clone()), Tape()
+    grams, tape = SplitGram(values[0].clone()), ActivationBuffer()
     for batch in values.split(7):
         grams.add(batch)
         tape.add(batch)
-    pair = grams.evidence(), tape.evidence()
+    pair = grams.second_order(), tape.second_order()
     for name in ("fitted", "held_out", "whole"):
         moments, rows = (getattr(part.about_zero() if about_zero else part, name) for part in pair)
         assert torch.allclose(rows.mean, moments.mean, atol=1e-6)
         assert torch.allclose(rows.variance, moments.variance, rtol=1e-4)
         for ridge in (0.01, 1.0, math.inf):
-            columns, offset = Fitting(weight, bias, choice, moments).solve(ridge)
-            columns_of_rows, offset_of_rows = Fitting(weight, bias, choice, rows).solve(ridge)
+            columns, offset = RefitSolver(weight, bias, choice, moments).solve(ridge)
+            columns_of_rows, offset_of_rows = RefitSolver(weight, bias, choice, rows).solve(ridge)
             assert torch.allclose(columns_of_rows, columns, atol=2e-3)
             assert torch.allclose(offset_of_rows, offset, atol=2e-2)
             refitted = replace(choice, weight=columns, bias=offset)
@@ -148,16 +149,16 @@ def test_rows_tell_what_moments_tell(tokens: int, about_zero: bool) -> None:
             )
 
 
-def test_projections_tell_the_error_of_a_wide_output() -> None:
+def test_projections_estimate_the_error_of_a_wide_output() -> None:
     """The ridge is chosen on fewer outputs; it must be as good as one chosen on all of them."""
     values = correlated(300)
     _, _, choice = site()
     weight = torch.randn(8 * PROJECTIONS, NEURONS)
     fitted, held_out = gram_of(values[:40]), gram_of(values[40:])
-    evidence = evidence_of(fitted, held_out)
-    result, report = refit_best(weight, None, choice, evidence)
-    exact = output_error(weight, None, result, evidence.held_out) / output_error(
-        weight, None, choice, evidence.held_out
+    second_order = evidence_of(fitted, held_out)
+    result, report = refit_best(weight, None, choice, second_order)
+    exact = output_error(weight, None, result, second_order.held_out) / output_error(
+        weight, None, choice, second_order.held_out
     )
     assert report.error == pytest.approx(exact, rel=0.2)
 
@@ -178,12 +179,12 @@ def test_nothing_blows_up(name: str) -> None:
     weight, bias, choice = site()
     border = len(values) * 5 // 6
     fitted = gram_of(values[:border])
-    held_out = Gram(fitted.pivot)
+    held_out = GramAccumulator(fitted.pivot)
     held_out.add(values[border:])
     keep = eliminate(site_of(weight.shape[1]), weight, fitted.moments(), KEPT)
-    rows = Evidence(Rows(values[:border]), Rows(values[border:]), Rows(values))
-    for evidence in (evidence_of(fitted, held_out), rows):
-        result, report = refit_best(weight, bias, Choice(keep, choice.fill), evidence)
+    rows = SecondOrderSplit(RawActivations(values[:border]), RawActivations(values[border:]), RawActivations(values))
+    for second_order in (evidence_of(fitted, held_out), rows):
+        result, report = refit_best(weight, bias, SitePlan(keep, choice.fill), second_order)
         assert result.weight is not None
         assert result.bias is not None
         assert bool(result.weight.isfinite().all())
@@ -192,17 +193,17 @@ def test_nothing_blows_up(name: str) -> None:
         assert report.error <= 1, "worse than the pure fold on held-out tokens"
 
 
-def test_a_ridge_that_float32_cannot_tell_from_nothing() -> None:
+def test_ridge_below_float32_precision() -> None:
     """Two equal tokens and two equal neurons, one kept: the other is foretold, whatever the ridge."""
-    rows = Rows(torch.tensor([[4096.0, 4096.0], [4096.0, 4096.0]]), is_centred=False)
+    rows = RawActivations(torch.tensor([[4096.0, 4096.0], [4096.0, 4096.0]]), is_centred=False)
     solve = rows.regress(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 1))
     assert solve(1e-10).item() == pytest.approx(1)
 
 
-def test_noise_that_tells_nothing_is_not_fitted() -> None:
+def test_noise_is_not_fitted() -> None:
     """Independent neurons and few tokens: what the kept ones seem to say of the cut ones is chance."""
     weight, bias, choice = site()
-    choice = Choice(choice.keep, torch.zeros(NEURONS))
+    choice = SitePlan(choice.keep, torch.zeros(NEURONS))
     fitted, held_out = gram_of(torch.randn(20, NEURONS)), gram_of(torch.randn(4000, NEURONS))
     _, report = refit_best(weight, bias, choice, evidence_of(fitted, held_out))
     assert report.ridge is None or report.ridge >= 0.3
@@ -238,17 +239,17 @@ def test_a_refitted_checkpoint_obeys_the_law(name: str, tmp_path: Path, text: Pa
     assert not any(info.values())
 
 
-def test_verify_finds_a_change_beside_the_refit(tmp_path: Path, text: Path) -> None:
+def test_verify_detects_changed_copies(tmp_path: Path, text: Path) -> None:
     output = tmp_path / "cut"
     assert compress(EXAMPLES / "llama-mini", output, text, "--samples", 8, "--refit").exit_code == 0
-    assert run("verify", output, "--model", EXAMPLES / "llama-mini", "-q").exit_code == 0
+    assert run("verify", output, "--original", EXAMPLES / "llama-mini", "-q").exit_code == 0
     tensors = load_file(output / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.1
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    assert run("verify", output, "--model", EXAMPLES / "llama-mini", "-q").exit_code == 3
+    assert run("verify", output, "--original", EXAMPLES / "llama-mini", "-q").exit_code == 3
 
 
-def test_options_that_contradict_each_other(tmp_path: Path, text: Path) -> None:
+def test_contradicting_options(tmp_path: Path, text: Path) -> None:
     score = compress(EXAMPLES / "opt-mini", tmp_path / "cut", text, "--no-refit", "--score", "elimination")
     assert score.exit_code == 2
-    assert "leave out --no-refit" in score.stderr
+    assert "Remove --no-refit" in score.stderr

@@ -4,15 +4,20 @@ import pytest
 import torch
 
 from prune_peak.errors import PrunePeakError, UsageError
-from prune_peak.selection import keep_best, kept_width, score_deviation, select, width_step
-from prune_peak.sites import Site
-from prune_peak.stats import Stats
+from prune_peak.pruning.budget import kept_width
+from prune_peak.pruning.scores import Candidates, score_deviation
+from prune_peak.pruning.site_pruning import keep_best, select
+from prune_peak.sites.attention import Attention
+from prune_peak.sites.mlp import Mlp
+from prune_peak.sites.site import Site, Slice
+from prune_peak.stats.histogram import Stats
 
 
 def site_of(neurons: int, unit: int = 1, groups: int = 1) -> Site:
     """A site without a model."""
-    kind = "mlp" if unit == 1 else "attention"
-    return Site(kind, 0, "reader", neurons, 6, {}, False, {}, frozenset(), "reader.bias", unit=unit, groups=groups)
+    kind = Mlp() if unit == 1 else Attention()
+    slices = {"keys": Slice(0)}
+    return Site(kind, 0, "out", neurons, 6, False, slices, folded_into="out.bias", unit=unit, groups=groups)
 
 
 @pytest.mark.parametrize(
@@ -30,41 +35,41 @@ def test_kept_width(width: int, ratio: float, step: int, kept: int) -> None:
 
 
 @pytest.mark.parametrize(("neurons", "multiple", "step"), [(1536, None, 32), (384, None, 8), (1536, 8, 8)])
-def test_an_mlp_gets_narrower_in_multiples(neurons: int, multiple: int | None, step: int) -> None:
-    assert width_step(site_of(neurons), multiple) == step
+def test_mlp_step(neurons: int, multiple: int | None, step: int) -> None:
+    assert site_of(neurons).kind.step(site_of(neurons), multiple) == step
 
 
-def test_heads_leave_whole_and_as_many_of_every_group() -> None:
+def test_whole_heads_of_every_group() -> None:
     site = site_of(24, unit=2, groups=3)  # three groups of four heads of two neurons
-    assert width_step(site) == 6
+    assert site.kind.step(site, None) == 6
     scores = torch.tensor([5.0, 1, 0, 0, 2, 2, 9, 0, *[0.0] * 8, 1, 1, 0, 0, 3, 0, 0, 5])
     assert keep_best(site, scores, 12).tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
     assert site.rows("keys", torch.tensor([0, 1, 6, 7]), 12).tolist() == [0, 3]  # a tensor with half as many rows
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1, math.nan, math.inf])
-def test_a_ratio_outside_is_wrong_usage(ratio: float) -> None:
+def test_ratio_outside_0_and_1(ratio: float) -> None:
     with pytest.raises(UsageError, match="between 0 and 1"):
         kept_width(1024, ratio, 32)
 
 
-@pytest.mark.parametrize(("ratio", "words"), [(0.001, "cut none"), (0.999, "keep none")])
-def test_a_ratio_that_does_nothing_is_refused(ratio: float, words: str) -> None:
+@pytest.mark.parametrize(("ratio", "words"), [(0.001, "prune none"), (0.999, "keep none")])
+def test_ratio_without_effect(ratio: float, words: str) -> None:
     with pytest.raises(PrunePeakError, match=words):
         kept_width(1024, ratio, 32)
 
 
-def test_the_score_is_the_error_left_after_folding() -> None:
+def test_deviation_is_the_error_of_the_fold() -> None:
     values, weight, fill = torch.randn(500, 7) * torch.arange(1, 8) + 2, torch.randn(3, 7), torch.randn(7)
     stats = Stats(7, 500)
     stats.add(values)
-    scores = score_deviation(stats.summarize(), fill, weight)
+    scores = score_deviation(Candidates(site_of(7), weight, stats.summarize(), fill))
     for neuron in range(7):
         error = (values[:, neuron] - fill[neuron])[:, None] * weight[:, neuron]
         assert scores[neuron].item() == pytest.approx(error.square().sum(1).mean().item(), rel=1e-4)
 
 
-def test_the_neurons_that_matter_stay() -> None:
+def test_important_neurons_are_kept() -> None:
     values = torch.randn(2000, 10) * torch.tensor([1.0, 9, 1, 1, 9, 1, 1, 1, 9, 1])
     stats = Stats(10, 2000)
     stats.add(values)

@@ -1,4 +1,4 @@
-"""Statistics against distributions whose truth is known."""
+"""Statistics of distributions whose mode and moments are known."""
 
 import math
 from collections.abc import Callable
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prune_peak.stats import HISTOGRAM_TOKENS, Stats, Summary
+from prune_peak.stats.histogram import HISTOGRAM_TOKENS, Stats, Summary
 
 NEURONS = 64
 SMOOTH_BOUND = 0.15  # of the interquartile range, from 8192 tokens, where the density is smooth at its mode
-EDGE_BOUND = 0.25  # where the mode is an edge of the density, which a smoothed histogram rounds off
+EDGE_BOUND = 0.25  # where the mode is an edge of the density, which smoothing blurs
 
 Sampler = Callable[[int], Tensor]
 
@@ -35,14 +35,14 @@ def with_outlier(tokens: int) -> Tensor:
 
 
 def with_sinks(tokens: int) -> Tensor:
-    """The first token of every window of 32 is an attention sink, 3 % of all."""
+    """The first token of every 32 is an attention sink: 3 % of all tokens."""
     values = normal(tokens)
     values[::32] = 3000
     return values
 
 
 # name: sampler, its mode, bound
-TRUTHS: dict[str, tuple[Sampler, float, float]] = {
+MODES: dict[str, tuple[Sampler, float, float]] = {
     "normal": (normal, 0.0, SMOOTH_BOUND),
     "normal far from zero": (lambda n: normal(n) + 1000, 1000.0, SMOOTH_BOUND),
     "gamma 2": (gamma(2.0), 1.0, SMOOTH_BOUND),
@@ -81,17 +81,17 @@ def spread(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [8192, 24576])
-@pytest.mark.parametrize("name", TRUTHS)
+@pytest.mark.parametrize("name", MODES)
 def test_peak_of_known_distributions(name: str, tokens: int) -> None:
-    sampler, mode, bound = TRUTHS[name]
+    sampler, mode, bound = MODES[name]
     stats, values = gather(sampler, tokens)
     error = (stats.summarize().peak - torch.tensor(mode, dtype=torch.float32).double()).abs() / spread(values)
     assert error.max() <= bound, f"{name}: {error.max():.3f} of the interquartile range"
 
 
-@pytest.mark.parametrize("name", TRUTHS)
-def test_moments_are_exact_and_the_median_is_near(name: str) -> None:
-    stats, values = gather(TRUTHS[name][0], 16384)
+@pytest.mark.parametrize("name", MODES)
+def test_moments_and_median(name: str) -> None:
+    stats, values = gather(MODES[name][0], 16384)
     summary = stats.summarize()
     deviation = values.std(0).clamp_min(1e-9)
     assert ((summary.mean - values.mean(0)).abs() / deviation).max() < 1e-4
@@ -100,7 +100,7 @@ def test_moments_are_exact_and_the_median_is_near(name: str) -> None:
     assert ((summary.median - middle).abs() / spread(values)).max() < 0.1
 
 
-def test_counts_do_not_depend_on_how_tokens_are_batched() -> None:
+def test_counts_do_not_depend_on_the_batches() -> None:
     values = torch.randn(4096, NEURONS)
     whole, parts = Stats(NEURONS, 4096 * 4), Stats(NEURONS, 4096 * 4)
     for stats, size in ((whole, 1024), (parts, 1024)):
@@ -109,26 +109,26 @@ def test_counts_do_not_depend_on_how_tokens_are_batched() -> None:
             stats.add(part)
     assert torch.equal(whole.histogram, parts.histogram)
     assert whole.sampled == parts.sampled
-    same(whole.summarize(), parts.summarize())
+    assert_close(whole.summarize(), parts.summarize())
 
 
-def same(first: Summary, second: Summary) -> None:
+def assert_close(first: Summary, second: Summary) -> None:
     for name in ("mean", "variance", "median", "peak"):
         assert torch.allclose(getattr(first, name), getattr(second, name), rtol=1e-5, atol=1e-7), name
 
 
 def test_memory_does_not_grow_with_tokens() -> None:
-    def held(stats: Stats) -> int:
+    def size(stats: Stats) -> int:
         return sum(value.nbytes for value in vars(stats).values() if isinstance(value, Tensor))
 
     few, many = Stats(NEURONS, 1024), Stats(NEURONS, 64 * 1024)
     few.add(torch.randn(1024, NEURONS))
     for _ in range(64):
         many.add(torch.randn(1024, NEURONS))
-    assert held(few) == held(many)
+    assert size(few) == size(many)
     assert many.sampled <= HISTOGRAM_TOKENS
 
 
-def test_nothing_added_is_an_error() -> None:
+def test_summary_without_tokens() -> None:
     with pytest.raises(ValueError, match="no token"):
         Stats(1, 1).summarize()

@@ -11,11 +11,11 @@ from test_law import cut_tiny, load, outputs
 from tiny import BY_NAME, POSITIONS, TINY, Tiny
 
 from prune_peak.errors import PrunePeakError
-from prune_peak.source import open_source
+from prune_peak.models.loading import open_model
 
 
 def save_legacy(tiny: Tiny, folder: Path, shards: int = 1, zipped: bool = True, base: bool = False) -> Path:
-    """As releases before safetensors saved: twins included, in one `.bin` or several."""
+    """As releases before safetensors saved: tied weights included, in one `.bin` or several."""
     model = tiny.build()
     model = model.base_model if base else model
     model.config.architectures = [type(model).__name__]
@@ -45,9 +45,9 @@ WAYS = {
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
 def test_every_way_in_gives_the_same_tensors(tiny: Tiny, tmp_path: Path) -> None:
-    plain = open_source(str(tiny.save(tmp_path / "plain")))
+    plain = open_model(str(tiny.save(tmp_path / "plain")))
     for way, save in WAYS.items():
-        source = open_source(str(save(tiny, tmp_path / way)))
+        source = open_model(str(save(tiny, tmp_path / way)))
         assert source.names.keys() == plain.names.keys(), way
         assert all(torch.equal(source.read(name), plain.read(name)) for name in plain.names), way
         assert all(source.dtype_of(name) == plain.dtype_of(name) for name in plain.names), way
@@ -56,13 +56,13 @@ def test_every_way_in_gives_the_same_tensors(tiny: Tiny, tmp_path: Path) -> None
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "vit"])
 def test_every_way_in_is_cut_alike(name: str, way: str, tmp_path: Path) -> None:
-    cuts = []
+    slices = []
     for folder, save in (("plain", Tiny.save), ("other", WAYS[way])):
         torch.manual_seed(0)
         cut_tiny(save(BY_NAME[name], tmp_path / folder), tmp_path / f"{folder}-cut", "mean")
-        cuts.append(load_file(tmp_path / f"{folder}-cut" / "model.safetensors"))
-    assert cuts[0].keys() == cuts[1].keys()
-    assert all(torch.equal(cuts[0][name], cuts[1][name]) for name in cuts[0])
+        slices.append(load_file(tmp_path / f"{folder}-cut" / "model.safetensors"))
+    assert slices[0].keys() == slices[1].keys()
+    assert all(torch.equal(slices[0][name], slices[1][name]) for name in slices[0])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2", "gpt-neox-parallel"])
@@ -80,7 +80,7 @@ def test_names_without_the_prefix(name: str, tmp_path: Path) -> None:
     prefix = tiny.build().base_model_prefix + "."
     state = torch.load(folder / "pytorch_model.bin")
     torch.save({key.removeprefix(prefix): value for key, value in state.items()}, folder / "pytorch_model.bin")
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     for key, value in tiny.build().state_dict().items():
         assert torch.equal(source.read(key), value)
     cut_tiny(folder, tmp_path / "cut", "mean")
@@ -100,7 +100,7 @@ def test_a_pickle_with_a_payload_is_not_run(tmp_path: Path, monkeypatch: pytest.
     for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
         save({"model.decoder.embed_tokens.weight": Payload()}, folder / "pytorch_model.bin")
         with pytest.raises(PrunePeakError, match="a pickle can run code"):
-            open_source(str(folder))
+            open_model(str(folder))
     assert not (tmp_path / "payload-ran").exists()
 
 
@@ -108,14 +108,14 @@ def test_a_bin_that_holds_more_than_tensors_is_refused(tmp_path: Path) -> None:
     folder = save_legacy(BY_NAME["opt"], tmp_path / "source")
     torch.save({"model": {"weight": torch.ones(1)}, "step": 3}, folder / "pytorch_model.bin")
     with pytest.raises(PrunePeakError, match="more than named tensors"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 REFUSED = {
     "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder-decoder"),
     "mixture of experts": ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
     "multimodal": ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "a multimodal wrapper"),
-    "remote code": ({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
+    "remote code": ({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}, "custom code"),
     "quantized": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "a quantized checkpoint"),
     "unknown": ({"model_type": "bloom"}, "is not supported. Supported: beit, .*gpt2, gpt_neox, gptj, granite"),
     "no type": ({}, "is not supported"),
@@ -132,7 +132,7 @@ def test_what_cannot_be_cut_is_refused_by_name(name: str, tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(PrunePeakError, match=words):
-        open_source(str(tmp_path))
+        open_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "model.safetensors"])
@@ -142,7 +142,7 @@ def test_a_link_out_of_the_folder_is_not_followed(name: str, tmp_path: Path) -> 
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     with pytest.raises(PrunePeakError, match="link out of its folder"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 def test_the_links_of_the_hub_cache_are_fine(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_links_of_the_hub_cache_are_fine(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(path)
-    assert open_source(str(snapshot)).parameters > 0
+    assert open_model(str(snapshot)).parameters > 0
 
 
 def test_what_another_head_left_in_the_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,9 +160,9 @@ def test_what_another_head_left_in_the_file_is_left_out(tmp_path: Path, caplog: 
     tensors = load_file(folder / "model.safetensors")
     more = {"bert.pooler.dense.weight": torch.randn(32, 32), "cls.seq_relationship.bias": torch.randn(2)}
     save_file(tensors | more, folder / "model.safetensors", {"format": "pt"})
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     assert not set(more) & set(source.names.values())
-    assert all(f"{name} belongs to no part of BertForMaskedLM" in caplog.text for name in more)
+    assert all(f"tensor {name} is not part of BertForMaskedLM" in caplog.text for name in more)
 
 
 def test_a_config_that_names_no_class_opens_the_body(tmp_path: Path) -> None:
@@ -175,12 +175,12 @@ def test_a_config_that_names_no_class_opens_the_body(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     del config["architectures"]
     (source / "config.json").write_text(json.dumps(config))
-    opened = open_source(str(source))
+    opened = open_model(str(source))
     assert opened.model_class.__name__ == "DebertaV2Model"
     cut_tiny(source, tmp_path / "cut", "mean")
     load(tmp_path / "cut", "Model")
 
 
 def test_positions_that_padding_takes_are_not_for_windows(tmp_path: Path) -> None:
-    assert open_source(str(BY_NAME["bert"].save(tmp_path / "bert"))).positions == POSITIONS
-    assert open_source(str(BY_NAME["roberta"].save(tmp_path / "roberta"))).positions == POSITIONS - 3  # padding is 2
+    assert open_model(str(BY_NAME["bert"].save(tmp_path / "bert"))).positions == POSITIONS
+    assert open_model(str(BY_NAME["roberta"].save(tmp_path / "roberta"))).positions == POSITIONS - 3  # padding is 2

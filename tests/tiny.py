@@ -1,5 +1,6 @@
-"""Tiny random models of stock classes, one or more for every family: what the law is tested on."""
+"""Tiny random models of stock classes, one or more for every family."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,24 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from prune_peak.sites.in_place import InPlace
+from prune_peak.sites.site import Site
+
 HIDDEN, WIDTH, BLOCKS, VOCABULARY, POSITIONS = 32, 64, 3, 97, 160
 IMAGE, PATCH = 24, 4
-# Before, the tower with projection lies a level deeper, and is refused
+# Older releases nest the tower with projection one level deeper, which is refused
 TOWER = "ModelWithProjection" if Version(transformers.__version__) >= Version("5.23") else "Model"
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A config in a few words; every weight, biases and norms included, is random."""
+    """A tiny config; all weights, including biases and norms, are random."""
 
     name: str
     family: str  # prefix of the transformers classes
     head: str = "ForCausalLM"
     settings: dict[str, Any] = field(default_factory=dict)
-    stiff: bool = False  # no stock class can hold its attention narrower, though others of its family can be
+    stiff: bool = False  # no stock class supports fewer heads for it, unlike for its family
 
     def configure(self) -> PreTrainedConfig:
         common = {} if self.family in VISION else COMMON
@@ -43,10 +47,23 @@ class Tiny:
 
 
 def random_inputs(model: PreTrainedModel, count: int, length: int = 64) -> dict[str, torch.Tensor]:
-    """Noise for a model that sees images, random tokens for the others."""
+    """Noise as images, or random tokens."""
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(count, 3, IMAGE, IMAGE)}
     return {"input_ids": torch.randint(3, VOCABULARY, (count, length))}
+
+
+def widths_of(sites: Sequence[Site], kept: Mapping[str, int]) -> dict[str, int]:
+    """Widths by the names of the sites, from widths by their labels."""
+    return {site.name: kept[site.label] for site in sites if site.label in kept}
+
+
+def unused_rows(site: Site, name: str, keep: torch.Tensor) -> torch.Tensor:
+    """The rows of a tensor that a site folded in place does not need."""
+    used = torch.zeros(site.neurons, dtype=torch.bool)
+    used[keep] = True
+    assert isinstance(site.kind, InPlace)
+    return (~site.kind.used_rows(site, name, used)).nonzero()[:, 0]
 
 
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -85,7 +102,7 @@ VISION: dict[str, dict[str, Any]] = {
     "ViT": VIT,
     "ViTMSN": VIT,
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}  # where it is named otherwise
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}  # if not named after the classes
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": HIDDEN, "n_inner": WIDTH, "n_layer": BLOCKS, "n_head": 4, "n_positions": POSITIONS},
     "Cohere": ROTARY,
@@ -154,7 +171,7 @@ LONG_ROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 3.0, 4.0, 5.0],
 }
-# As DeBERTa-v3 has them
+# As in DeBERTa-v3
 RELATIVE = {
     "relative_attention": True,
     "pos_att_type": ["p2c", "c2p"],
@@ -258,7 +275,7 @@ TINY = [
     Tiny("vit-msn", "ViTMSN", "ForImageClassification"),
     Tiny("vit-no-qkv-bias", "ViT", "ForImageClassification", {"qkv_bias": False}),
 ]
-# Other classes over the same blocks, for the law alone
+# Other classes with the same blocks, for test_site_kinds only
 MORE_HEADS = [
     Tiny("beit-body", "Beit", "Model"),
     Tiny("clip-tower-body", "CLIPVision", "Model"),
@@ -270,4 +287,6 @@ MORE_HEADS = [
     Tiny("vit-body", "ViT", "Model"),
     Tiny("vit-msn-body", "ViTMSN", "Model"),
 ]
-BY_NAME = {tiny.name: tiny for tiny in TINY}
+# MLPs of an unsupported variant, for test_site_kinds only
+ATTENTION_ONLY = [Tiny("dinov2-swiglu", "Dinov2", "ForImageClassification", {"use_swiglu_ffn": True})]
+BY_NAME = {tiny.name: tiny for tiny in TINY + ATTENTION_ONLY}

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 import prune_peak
-from prune_peak.compression import save_statistics
-from prune_peak.progress import Progress
+from prune_peak.export.resume import ResumableRun
+from prune_peak.stats.calibration import calibrate
 
 LLAMA = Tiny("valid", "Llama", settings={"vocab_size": 300, "num_hidden_layers": 2})
 VIT = Tiny("valid-vit", "ViT", "ForImageClassification", {"num_hidden_layers": 2})
@@ -54,26 +54,26 @@ def make_all(folder: Path) -> Path:
     rows = [json.dumps({"text": SENTENCE * 6, "number": number}) for number in range(10)]
     (folder / "text.jsonl").write_text("\n".join(rows) + "\n")
     prune_peak.compress(str(model), output=folder / "cut", calibration=str(text), **BUDGET)
-    save_statistics(str(model), folder / "model.stats", calibration=str(text), samples=2, sequence_length=32)
+    calibrate(str(model), folder / "model.stats", calibration=str(text), samples=2, sequence_length=32)
     words = {"calibration": str(text), "samples": 8, "sequence_length": 32}
-    save_statistics(str(model), folder / "gram.stats", gram=True, **words)
-    save_statistics(str(model), folder / "tape.stats", gram=True, **words | {"samples": 1})
+    calibrate(str(model), folder / "gram.stats", covariances=True, **words)
+    calibrate(str(model), folder / "tape.stats", covariances=True, **words | {"samples": 1})
     leave_partial(model, text, folder / "stopped")
     return folder
 
 
 def leave_partial(model: Path, text: Path, output: Path) -> None:
     """What a run leaves that is interrupted after its first block: `<output>.partial`."""
-    note = Progress.note
+    save_block = ResumableRun.save_block
 
-    def note_and_stop(self: Progress, *args: object) -> None:
-        note(self, *args)  # type: ignore[arg-type]
+    def note_and_stop(self: ResumableRun, *args: object) -> None:
+        save_block(self, *args)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    Progress.note = note_and_stop  # type: ignore[method-assign, assignment]
+    ResumableRun.save_block = note_and_stop  # type: ignore[method-assign, assignment]
     try:
         prune_peak.compress(str(model), output=output, calibration=str(text), **BUDGET)
     except KeyboardInterrupt:
         pass
     finally:
-        Progress.note = note  # type: ignore[method-assign]
+        ResumableRun.save_block = save_block  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""The command line (click). Imports no torch until a command runs."""

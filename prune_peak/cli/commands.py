@@ -1,0 +1,270 @@
+"""One function per command: parse, call, print. Results go to stdout, progress and warnings to stderr."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import UsageError, one_line
+from ..options import (
+    AblateOptions,
+    AnalyzeOptions,
+    CalibrateOptions,
+    CompressCommand,
+    EvaluateCommand,
+    ExportOptions,
+    InspectOptions,
+    PushOptions,
+    VerifyOptions,
+)
+from .output import (
+    print_analysis,
+    print_comparison,
+    print_compression,
+    print_inspection,
+    print_latency,
+    print_scores,
+    print_study,
+)
+from .parameters import echo_json, model_argument, models_argument, options_of, output_options
+
+FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+
+
+@click.command(short_help="Prune, fold, refit, and write a smaller checkpoint.")
+@model_argument
+@options_of(CompressCommand)
+@output_options
+def compress(model: str, as_json: bool, dry_run: bool, push_to_hub: str | None, private: bool, **options: Any) -> None:
+    """Prune neurons, fold their peaks, refit the rest, and write a smaller checkpoint for stock transformers.
+
+    DATA is `self` (text that the model generates), a .txt or .jsonl file, a folder of images, or a Hub data set.
+
+    \b
+    Examples:
+      prune-peak compress HuggingFaceTB/SmolLM2-135M --ratio 0.3
+      prune-peak compress ./my-model --ratio 0.2 --calibration notes.txt --output smaller
+      prune-peak compress ./my-model --ratio mlp=0.2,attention=0.33
+      prune-peak compress ./my-model --target-params 0.8 --sites mlp,attention
+    """
+    if dry_run:
+        from ..inspection import estimate
+
+        inspection, cost = estimate(model, **options)
+        echo_json(inspection.to_json() | cost.to_json()) if as_json else print_inspection(inspection, cost)
+        return
+    if private and push_to_hub is None:
+        raise UsageError("--private applies to a push; add --push-to-hub REPO_ID.")
+    from ..compression import compress as run
+    from ..hub import check_login, push
+
+    if push_to_hub is not None:
+        check_login(push_to_hub)
+    result = run(model, **options)
+    if not as_json:
+        print_compression(result)
+    address = None if push_to_hub is None else push(result.output, push_to_hub, private=private)
+    if as_json:
+        echo_json(result.to_json() | ({} if address is None else {"url": address}))
+    elif address is not None:
+        click.echo(f"\nPushed to {address}")
+    for warning in result.warnings:
+        click.secho(f"WARNING: {warning}", fg="red", bold=True, err=True)
+
+
+@click.command(short_help="Measure a model once, for several runs of compress.")
+@model_argument
+@options_of(CalibrateOptions)
+@output_options
+def calibrate(model: str, as_json: bool, **options: Any) -> None:
+    """Measure a model once; `compress --stats` then prunes it at any ratio without measuring again.
+
+    \b
+    Example:
+      prune-peak calibrate ./my-model --output my-model.stats --calibration notes.txt --covariances
+      prune-peak compress ./my-model --ratio 0.2 --stats my-model.stats
+    """
+    from ..stats.calibration import calibrate as run
+
+    statistics = run(model, **options)
+    windows = statistics.windows
+    images = windows.calibration.is_floating_point()
+    unit, amount = ("images", len(windows.calibration)) if images else ("tokens", windows.calibration.numel())
+    result = {"output": str(options["output"]), "sites": statistics.sites, unit: amount}
+    if as_json:
+        echo_json(result | {"options": dict(statistics.options)})
+    else:
+        click.echo(f"{statistics.sites} sites measured on {amount:,} {unit} of {windows.source}.")
+        click.echo(f"Written to {result['output']}.")
+
+
+@click.command(short_help="Show what can be pruned and what it would save.")
+@model_argument
+@options_of(InspectOptions)
+@output_options
+def inspect(model: str, as_json: bool, **options: Any) -> None:
+    """Show what can be pruned from a model and what it would save (at --ratio 0.3 by default), from its config only.
+
+    \b
+    Example:
+      prune-peak inspect facebook/opt-1.3b --ratio 0.2
+    """
+    from ..inspection import inspect as run
+
+    inspection = run(model, **options)
+    echo_json(inspection.to_json()) if as_json else print_inspection(inspection)
+
+
+@click.command(short_help="Check a folder that compress wrote.")
+@FOLDER
+@options_of(VerifyOptions)
+@output_options
+def verify(folder: Path, original: str | None, revision: str | None, as_json: bool) -> None:
+    """Check that a folder is what `compress` wrote, and that it computes what the original with held neurons computes.
+
+    Refitted weights are taken from the folder; an evaluation shows how good they are.
+
+    Exits with 0 if every check passes, with 3 if one fails.
+
+    \b
+    Example:
+      prune-peak verify opt-1.3b-peak-0.3 --original facebook/opt-1.3b
+    """
+    from ..models.loading import open_model
+    from ..verification import verify as run
+
+    result = run(folder, None if original is None else open_model(original, revision))
+    if as_json:
+        echo_json({"passed": result.passed, "checks": result.checks})
+    else:
+        for check in result.checks:
+            click.echo(one_line(f"{'ok' if check['passed'] else 'FAILED':>6}  {check['check']}: {check['seen']}"))
+        if original is None:
+            click.echo("Outputs were not compared; pass --original MODEL for that.", err=True)
+    if not result.passed:
+        sys.exit(3)
+
+
+@click.command(short_help="Measure what held neurons cost, by fill and fraction.")
+@model_argument
+@options_of(AblateOptions)
+@output_options
+def ablate(model: str, as_json: bool, **options: Any) -> None:
+    """Measure what held neurons cost: cross-entropy and top-1, over fills, fractions and kinds of site.
+
+    It writes tables (CSV and JSON) and a picture; the model is not changed. A neuron of attention is one input of its
+    output projection. By default the model runs about 270 times; the second example is a first look. A study that was
+    stopped resumes.
+
+    \b
+    Examples:
+      prune-peak ablate HuggingFaceTB/SmolLM2-135M --calibration notes.txt
+      prune-peak ablate ./my-model --fill peak --fill mean --fraction 0.3 --seeds 1
+    """
+    from ..studies.ablation import ablate as run
+
+    study = run(model, **options)
+    echo_json(study.to_json()) if as_json else print_study(study)
+
+
+@click.command(short_help="Measure models side by side.")
+@models_argument
+@options_of(EvaluateCommand)
+@output_options
+def evaluate(
+    models: tuple[str, ...], as_json: bool, latency: bool, tasks: tuple[str, ...] | None, **options: Any
+) -> None:
+    """Measure models side by side; the others are compared with the first.
+
+    \b
+    Examples:
+      prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.3 --data test.txt
+      prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.5 --latency
+      prune-peak evaluate SmolLM2-135M-peak-0.3 --tasks arc_easy,hellaswag
+    """
+    if not options["data"] and not latency and tasks is None:
+        raise UsageError("nothing to measure; pass --data DATA, --latency or --tasks NAME,....")
+    from ..evaluation.comparison import evaluate as run
+    from ..evaluation.latency import measure_latency
+    from ..evaluation.lm_eval_tasks import run_tasks
+
+    common = {name: options[name] for name in ("dtype", "revision")}
+    comparisons: list[Any] = run(models, **options) if options["data"] else []
+    speeds = measure_latency(models, **common) if latency else []
+    scores = run_tasks(models, tasks, **common) if tasks is not None else []
+    if as_json:
+        parts: dict[str, list[Any]] = {"comparisons": comparisons, "latency": speeds, "tasks": scores}
+        echo_json({name: [part.to_json() for part in each] for name, each in parts.items() if each})
+        return
+    for comparison in comparisons:
+        print_comparison(comparison)
+    if speeds:
+        print_latency(speeds)
+    if scores:
+        print_scores(scores)
+
+
+@click.command(short_help="Verify a written folder and push it to the Hub.")
+@FOLDER
+@click.argument("repo_id")
+@options_of(PushOptions)
+@output_options
+def push(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:
+    """Verify a folder that `compress` wrote, push it to the Hub, and print its address.
+
+    The account is that of `hf auth login` or HF_TOKEN. After a failure the same command resumes.
+
+    \b
+    Example:
+      prune-peak push SmolLM2-135M-peak-0.3 me/SmolLM2-135M-peak-0.3 --private
+    """
+    from ..hub import push as run
+
+    address = run(folder, repo_id, **options)
+    echo_json({"url": address}) if as_json else click.echo(address)
+
+
+@click.command(short_help="Measure how neurons are distributed.")
+@model_argument
+@options_of(AnalyzeOptions)
+@output_options
+def analyze(model: str, as_json: bool, **options: Any) -> None:
+    """Measure how neurons are distributed, by site, head and block; with several data sets, how stable that is.
+
+    It writes tables (CSV and JSON), pictures and a report that any browser opens offline.
+
+    \b
+    Examples:
+      prune-peak analyze HuggingFaceTB/SmolLM2-135M --data notes.txt
+      prune-peak analyze ./my-model --data news.txt --data code.txt
+    """
+    from ..studies.analysis import analyze as run
+
+    analysis = run(model, **options)
+    echo_json(analysis.to_json()) if as_json else print_analysis(analysis)
+
+
+@click.command(short_help="Write a folder as one file of another format.")
+@FOLDER
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@options_of(ExportOptions)
+@output_options
+def export(folder: Path, file: Path, as_json: bool, **options: Any) -> None:
+    """Write a folder as one file of another format, such as GGUF for llama.cpp (needs the extra `gguf`).
+
+    GGUF files are written of Llama, Granite, SmolLM3, Mistral and Qwen2 models with a byte-level BPE tokenizer,
+    compressed or not.
+
+    \b
+    Example:
+      prune-peak export SmolLM2-135M-peak-0.3 small.gguf --format gguf
+    """
+    from ..export.formats import export_model
+
+    path = export_model(folder, file, **options)
+    size = path.stat().st_size
+    echo_json({"output": str(path), "bytes": size}) if as_json else click.echo(f"Written to {path} ({size:,} bytes).")
+
+
+COMMANDS = (compress, calibrate, inspect, verify, evaluate, analyze, ablate, push, export)

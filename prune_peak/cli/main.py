@@ -1,0 +1,113 @@
+"""The command group: maps errors to exit codes, handles Ctrl-C and torchrun."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import click
+
+from ..errors import LostProcessError, PrunePeakError, UsageError, one_line
+from ..version import __version__
+from .commands import COMMANDS
+from .logs import configure_logging
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+NO_MEMORY = ("allocate memory", "failed to map segment")
+
+
+class Group(click.Group):
+    """Maps the errors of the library to one `Error:` line and an exit code; other errors keep their traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        with _noting_interrupts() as interrupts:
+            try:
+                return self._invoke(context)
+            except (Exception, KeyboardInterrupt) as error:
+                if not interrupts and not isinstance(error, KeyboardInterrupt):
+                    raise
+                click.echo("Interrupted. Finished work is kept; the same command resumes.", err=True)
+                sys.exit(130)
+
+    def _invoke(self, context: click.Context) -> Any:
+        try:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                return self._invoke_together(context)
+            return super().invoke(context)
+        except UsageError as error:
+            raise click.UsageError(str(error), context) from None
+        except PrunePeakError as error:
+            raise click.ClickException(str(error)) from None
+        except click.ClickException as error:
+            error.message = one_line(error.message)  # type: ignore[misc]  # it may quote a file name
+            raise
+        except (MemoryError, RuntimeError, OSError, ImportError) as error:
+            # torch and the dynamic loader raise no exception class of their own
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+                raise
+            raise click.ClickException(
+                "not enough memory. `compress --dry-run` estimates the need, and --max-memory sets a smaller budget. "
+                "Finished work is kept; the same command resumes."
+            ) from None
+        except LostProcessError as error:
+            raise click.ClickException(str(error)) from None
+
+    def _invoke_together(self, context: click.Context) -> Any:
+        """Run the command in rank 0 of torchrun's processes; the others take part in its calibration."""
+        if os.environ["RANK"] != "0" or not {"-q", "--quiet"}.isdisjoint(context.args):
+            configure_logging(quiet=True)  # before torch, which imports tqdm
+        from ..stats.distributed import join_processes
+
+        with join_processes() as group:
+            if group.rank == 0:
+                result = super().invoke(context)
+                with suppress(LostProcessError):  # the command is done without the others
+                    group.broadcast(None)
+                return result
+            from ..stats.collection import run_worker
+
+            try:
+                run_worker(group)
+            except PrunePeakError as error:
+                group.report(error)
+            except (LostProcessError, KeyboardInterrupt):
+                pass  # rank 0 reports the reason
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """The interrupts so far. Libraries turn them into other errors: clean-up fails, or Rust code swallows them."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="prune-peak")
+def main() -> None:
+    """Make transformer checkpoints smaller, without training; and language models without a data set.
+
+    \b
+    Example:
+      prune-peak compress facebook/opt-1.3b --ratio 0.3
+    """
+
+
+for command in COMMANDS:
+    main.add_command(command)

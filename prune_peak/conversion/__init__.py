@@ -1,0 +1,1 @@
+"""The transformers class that is written."""

@@ -1,0 +1,1 @@
+"""What a model reads: text, images, and text that it generates itself."""

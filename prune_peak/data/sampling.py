@@ -1,0 +1,83 @@
+"""Choose and split calibration and held-out windows."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import PrunePeakError
+from ..models.loading import Model
+from ..options import SELF
+from .images import choose_images
+from .self_generated import generate_windows
+from .texts import read_windows
+from .windows import Windows, held_out_count, name_data, window_length
+
+log = logging.getLogger(__name__)
+
+
+def sample_windows(model: Model, data: Sequence[str], samples: int, sequence_length: int, seed: int) -> Windows:
+    """Windows (or images) to calibrate on, as many of each data set.
+
+    Raises:
+        PrunePeakError: data that cannot be read, or that the model does not take.
+    """
+    shares = [samples * (number + 1) // len(data) - samples * number // len(data) for number in range(len(data))]
+    parts = [_sample_one(model, name, share, sequence_length, seed) for name, share in zip(data, shares, strict=True)]
+    return Windows(
+        " and ".join(part.source for part in parts),
+        torch.cat([part.calibration for part in parts]),
+        torch.cat([part.held_out for part in parts]),
+    )
+
+
+def _sample_one(model: Model, name: str, samples: int, sequence_length: int, seed: int) -> Windows:
+    if model.sees_images:
+        windows, what = choose_images(name, model, samples, seed), "images"
+    else:
+        length = window_length(model, sequence_length)
+        windows, what = draw_windows(model, name, samples, length, seed), f"windows of {length} tokens"
+    found = len(windows.calibration)
+    if found < samples:
+        log.warning("%s has %d %s, fewer than --samples %d; all are used.", name, found, what, samples)
+    return windows
+
+
+def draw_windows(model: Model, name: str, samples: int, length: int, seed: int) -> Windows:
+    """Windows of a text, drawn at random, some of them held out; or of text that the model generates."""
+    if name == SELF:
+        return generate_windows(model, samples, length, seed)
+    windows = read_windows(name, model, length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    held = min(held_out_count(samples), len(windows) // 4)
+    samples = min(samples, len(windows) - held)
+    return Windows(
+        source=name_data(name),
+        calibration=windows[order[:samples].sort().values],
+        held_out=windows[order[samples : samples + held].sort().values],
+    )
+
+
+def split_windows(model: Model, name: str, measured: int, scored: int, length: int, seed: int) -> Windows:
+    """Windows of a text to calibrate on, and others of it, held out, to evaluate on.
+
+    A text that is split twice is split the same way, so the two parts never overlap.
+
+    Raises:
+        PrunePeakError: the text has fewer than two windows.
+    """
+    wanted = measured + scored
+    windows = draw_windows(model, name, wanted, length, seed)
+    found = len(windows.calibration)
+    if found < 2:
+        raise PrunePeakError(
+            f"{name} has {found} window of {length} tokens; expected at least 2, one to calibrate and one to evaluate. "
+            "Pass a longer text or a smaller --sequence-length."
+        )
+    if found < wanted:
+        scored = min(scored, found // 2)
+        measured = min(measured, found - scored)
+        log.warning("%s has %d windows of %d tokens; %d are used for evaluation.", name, found, length, scored)
+    order = torch.randperm(found, generator=torch.Generator().manual_seed(seed))
+    first, second = order[:measured].sort().values, order[measured : measured + scored].sort().values
+    return Windows(windows.source, windows.calibration[first], windows.calibration[second])

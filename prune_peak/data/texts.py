@@ -1,0 +1,132 @@
+"""Text files and Hub data sets, and their windows of tokens."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import PrunePeakError, brief
+from ..io.untrusted import check_file, parse_json
+from ..models.loading import Model
+
+LONGEST_TEXT = 4 * 2**20  # characters that are read of a text, from its start: about 2,000 windows of 512 tokens
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer in the model's folder."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+    except Exception as error:  # every tokenizer class raises its own kinds
+        raise PrunePeakError(f"{model.folder} has no tokenizer that transformers can load ({brief(error)}).") from None
+    return tokenizer
+
+
+def read_texts(name: str) -> list[str]:
+    """The texts of a `.txt` file (one), a `.jsonl` file (the key `text` of every line), or a Hub data set.
+
+    Raises:
+        PrunePeakError: the file is missing, not text, or not of that form.
+    """
+    path = Path(name)
+    if not path.suffix and (os.path.isdir(name) or not os.path.exists(name)):
+        return _read_data_set(name)
+    try:
+        check_file(path)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_TEXT)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunePeakError(f"{name} is not a readable UTF-8 text ({brief(error)}).") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    texts = []
+    lines = text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines[: None if len(text) < LONGEST_TEXT else -1], start=1):
+        try:
+            texts.append(parse_json(line)["text"])
+            texts[-1].encode()  # JSON can hold half a surrogate pair, which is not text
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise PrunePeakError(
+                f'{name}, line {number}: expected an object with a "text", like {{"text": "..."}}.'
+            ) from None
+    return texts
+
+
+def _read_data_set(name: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise PrunePeakError(
+            f"{name} is not a file, and the package datasets, which reads Hub data sets, is not installed: pip install "
+            "'prune-peak[datasets]'."
+        ) from None
+    try:
+        texts, size = [], 0
+        for row in datasets.load_dataset(name, split="train", streaming=True):
+            texts.append(row["text"])
+            size += len(row["text"])
+            if size > LONGEST_TEXT:
+                break
+    except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
+        raise PrunePeakError(
+            f"{name} is neither a file nor a data set with a split `train` and a column `text` ({brief(error)})."
+        ) from None
+    return texts
+
+
+def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """A text as consecutive windows, (windows, length), each with the special tokens that the tokenizer adds.
+
+    Several texts are concatenated, each followed by EOS.
+
+    Raises:
+        PrunePeakError: the text does not exist, or is shorter than one window.
+    """
+    texts = read_texts(name)
+    separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
+    tokens: list[int] = []
+    try:
+        for text in texts:
+            tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        start, end = special_tokens(tokenizer)
+    except Exception as error:  # every tokenizer class raises its own kinds
+        raise PrunePeakError(f"the tokenizer fails on {name} ({brief(error)}).") from None
+    body = max(1, length - len(start) - len(end))
+    count = len(tokens) // body
+    if count == 0:
+        raise PrunePeakError(
+            f"{name} has {len(tokens)} tokens, fewer than one window of {length}. Pass a longer text or a smaller "
+            "--sequence-length."
+        )
+    windows = torch.tensor(tokens[: count * body]).view(count, body)
+    around = [torch.tensor(part, dtype=torch.int64).expand(count, len(part)) for part in (start, end)]
+    return torch.cat([around[0], windows, around[1]], dim=1)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer adds before and after a text: BOS or CLS, SEP, or none."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    first = full.index(bare[0])
+    return list(full[:first]), list(full[first + len(bare) :])
+
+
+def read_windows(name: str, model: Model, length: int) -> Tensor:
+    """`tokenize_text` with the model's own tokenizer, checked against its vocabulary."""
+    windows = tokenize_text(name, load_tokenizer(model), length)
+    check_vocabulary(model, int(windows.max()))
+    return windows
+
+
+def check_vocabulary(model: Model, token: int) -> None:
+    """Refuse a token that the model has no embedding for.
+
+    Raises:
+        PrunePeakError: the token is outside the vocabulary.
+    """
+    if token >= model.config.vocab_size:
+        raise PrunePeakError(
+            f"the tokenizer of {model.name} produces the token {token}, but the vocabulary has "
+            f"{model.config.vocab_size} entries. Use the tokenizer that belongs to the model."
+        )

@@ -1,0 +1,1 @@
+"""Quality, latency and benchmark tasks of models, side by side."""

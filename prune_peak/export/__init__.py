@@ -1,0 +1,1 @@
+"""What is written: the folder, recipe, card, and other formats."""

@@ -1,0 +1,231 @@
+"""The model card of a written folder: a template (`card.md`), the numbers of the recipe, and a picture.
+
+It has no dates and no paths, so that the same recipe gives the same bytes.
+"""
+
+import logging
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import PreTrainedModel
+from transformers.modelcard import TASK_MAPPING
+from yaml import YAMLError
+
+from ..evaluation.quality import PERPLEXITY, EvalResult
+from ..models.loading import CARD, Model
+from ..option_fields import flag
+from ..options import CompressOptions
+
+log = logging.getLogger(__name__)
+
+PICTURE = "prune_peak.png"
+INHERITED = ("license", "license_name", "license_link", "language")  # from the front matter of the source's card
+
+# Of the Hub's relations (finetune, adapter, merge, quantized), this one fits changed weights in plain dtypes
+RELATION = "finetune"
+NAMES = {"mlp": "MLP"}  # kinds of site, in prose
+
+# Side files, the class that loads them, and a variable name
+LOADERS = {
+    "tokenizer_config.json": ("AutoTokenizer", "tokenizer"),
+    "preprocessor_config.json": ("AutoImageProcessor", "processor"),
+}
+
+
+def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
+    """Write README.md, and its picture if matplotlib is installed.
+
+    Args:
+        folder: the written config, weights and side files.
+        recipe: the content of prune_peak.json.
+        source: the original, for its licence.
+    """
+    picture = _draw(folder / PICTURE, recipe)
+    card = ModelCard.from_template(
+        _front_matter(recipe, source),
+        template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
+        base=Path(source.label).name,
+        model=source.label,
+        shares=" and ".join(f"{share:.0%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe)),
+        warnings=recipe["warnings"],
+        summary=_summarize(recipe),
+        rows=list(_rows(recipe)),
+        latency=source.meta_model.can_generate(),
+        protocol=_describe_protocol(recipe["quality"]["before"]) if recipe["quality"]["before"] else None,
+        picture=PICTURE if picture else None,
+        refit=recipe["options"]["refit"],
+        classes=sorted([*(name for name, _ in _loaders(folder)), recipe["output_class"]]),
+        loaders=[(recipe["output_class"], "model"), *_loaders(folder)],
+        output_class=recipe["output_class"],
+        command=reproduce(recipe),
+        versions=", ".join([f"prune-peak {recipe['prune_peak']}", *(" ".join(v) for v in recipe["versions"].items())]),
+        calibration=_name_calibration(recipe),
+    )
+    (folder / CARD).write_text(f"{card}\n", encoding="utf-8")
+
+
+def reproduce(recipe: Mapping[str, Any]) -> str:
+    """The command that writes the same folder again, with every option."""
+    values = {"revision": recipe["source"]["revision"], **recipe["options"]}
+    words = [f"prune-peak compress {shlex.quote(recipe['source']['model'])}"]
+    for item in fields(CompressOptions):
+        value = values.get(item.name)
+        if item.name not in values:
+            continue
+        if isinstance(item.default, bool):
+            words += [flag(item.name) if value else flag(f"no_{item.name}")] if value != item.default else []
+        elif isinstance(value, Mapping):
+            words.append(f"{flag(item.name)} {','.join(f'{key}={number}' for key, number in value.items())}")
+        elif item.metadata["parse"] == "data":
+            words += [f"{flag(item.name)} {shlex.quote(data)}" for data in value or ()]
+        elif value is not None:
+            text = ",".join(value) if isinstance(value, list) else str(value)
+            words.append(f"{flag(item.name)} {shlex.quote(text)}")
+    return " \\\n  ".join(words)
+
+
+def _front_matter(recipe: Mapping[str, Any], source: Model) -> ModelCardData:
+    names = recipe["options"]["calibration"]
+    return ModelCardData(
+        base_model=source.label if _is_repo_id(source.label) else None,
+        base_model_relation=RELATION,
+        library_name="transformers",
+        pipeline_tag=find_task(getattr(transformers, recipe["output_class"])),
+        tags=["prune-peak", "pruning", "peak-ablation", "arxiv:2408.17322"],
+        datasets=[name for name in names if "/" in name] or None,
+        **_inherit(source),
+    )
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _inherit(source: Model) -> dict[str, Any]:
+    """Licence and languages, from the source's card or config."""
+    try:
+        theirs = metadata_load(source.folder / CARD) or {}
+    except (OSError, ValueError, RecursionError, YAMLError):  # no card, or an invalid one
+        theirs = {}
+    theirs = {"license": getattr(source.config, "license", None)} | theirs
+    lists = {key: value if isinstance(value, list) else [value] for key, value in theirs.items()}
+    return {key: theirs[key] for key in INHERITED if key in lists and all(isinstance(item, str) for item in lists[key])}
+
+
+def find_task(model_class: type[PreTrainedModel]) -> str:
+    """The Hub's task of a class."""
+    task: str
+    for task, names in TASK_MAPPING.items():
+        for found in names.values():
+            if model_class.__name__ in ([found] if isinstance(found, str) else found):
+                return task
+    return "image-feature-extraction" if model_class.main_input_name == "pixel_values" else "feature-extraction"
+
+
+def _shares(recipe: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The pruned kinds of site, and the share of the neurons that were pruned."""
+    for kind, before in recipe["before"]["neurons"].items():
+        after = recipe["after"]["neurons"][kind]
+        if after < before:
+            yield kind, 1 - after / before
+
+
+def _name_calibration(recipe: Mapping[str, Any]) -> str:
+    options = recipe["options"]
+    names = ["text that the model generated itself" if name == "self" else name for name in options["calibration"]]
+    text = " and ".join(names)
+    if options["sequence_length"] is None:
+        return f"{options['samples']} images of {text}"
+    return f"{options['samples']} windows of {options['sequence_length']} tokens of {text}"
+
+
+def _summarize(recipe: Mapping[str, Any]) -> str:
+    options = recipe["options"]
+    cut = " and ".join(f"{share:.1%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe))
+    fills = "/".join(sorted(set(recipe["fills"].values())))
+    refit = " The kept weights were refitted by least squares to compensate." if options["refit"] else ""
+    shape = " (set to zero in place: all shapes are the original's, and nothing is saved)" * options["keep_shape"]
+    return (
+        f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned, the same number in every "
+        f"block{shape}. Each was replaced by a constant, its {fills} activation over {_name_calibration(recipe)}. The "
+        f"constants were folded into the bias of the output projection.{refit} The result loads with stock "
+        "transformers. It was compared with the original whose neurons are held at these constants "
+        f"({len(recipe['verification'])} checks, all passed)."
+    )
+
+
+def _rows(recipe: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    before, after = recipe["before"], recipe["after"]
+    for key in ("parameters", "bytes"):
+        yield key, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key] - 1:+.1%}"
+    if before["cache"] != after["cache"]:
+        change = f"{after['cache'] / before['cache'] - 1:+.1%}"
+        yield "KV cache, bytes per token", f"{before['cache']:,}", f"{after['cache']:,}", change
+    first, second = recipe["quality"]["before"], recipe["quality"]["after"]
+    if first:
+        yield first["metric"], _with_error(first), _with_error(second), _compare(first, second)
+
+
+def _with_error(quality: Mapping[str, Any]) -> str:
+    pattern = "{:.2f}" if quality["metric"] == PERPLEXITY else "{:.1%}"
+    error = quality["standard_error"]
+    return " ± ".join(pattern.format(number) for number in (quality["value"], error) if number is not None)
+
+
+def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    if before["metric"] == PERPLEXITY:
+        return f"x{after['value'] / before['value']:.3f}"
+    return f"{100 * (after['value'] - before['value']):+.1f} points"
+
+
+def _describe_protocol(quality: Mapping[str, Any]) -> str:
+    error = "; ± is the standard error over them." if quality["standard_error"] else "."
+    return f"{quality['metric'].capitalize()} on {quality['text']}: {EvalResult(**quality).protocol}{error}"
+
+
+def _loaders(folder: Path) -> list[tuple[str, str]]:
+    return [loader for name, loader in LOADERS.items() if (folder / name).is_file()]
+
+
+def _draw(path: Path, recipe: Mapping[str, Any]) -> bool:
+    """Draw kept and pruned neurons, and the error, by block; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        log.warning("The card has no picture, because matplotlib is not installed: pip install 'prune-peak[plots]'.")
+        return False
+    kinds = [kind for kind, _ in _shares(recipe)]
+    figure = Figure(figsize=(9, 2.8 * len(kinds)), dpi=100, layout="constrained")
+    for row, kind in enumerate(kinds):
+        sites = [(name, site) for name, site in recipe["sites"].items() if site["kind"] == kind]
+        blocks = [site["block"] for _, site in sites]
+        widths, errors = (figure.add_subplot(len(kinds), 2, 2 * row + column) for column in (1, 2))
+        kept = [site["kept"] for _, site in sites]
+        widths.bar(blocks, kept, color="#2a6f97", label="kept")
+        cut = [site["neurons"] - site["kept"] for _, site in sites]
+        widths.bar(blocks, cut, bottom=kept, color="#e0a458", label="pruned")
+        widths.set(title=f"{NAMES.get(kind, kind)}: neurons", xlabel="block")
+        lost = [site["lost"] for _, site in sites]
+        errors.bar(blocks, lost, color="#e0a458", label="constants alone")
+        if recipe["refits"]:
+            left = [site["lost"] * recipe["refits"][name]["error"] for name, site in sites]
+            errors.bar(blocks, left, color="#2a6f97", label="after the refit")
+        errors.set(title=f"{NAMES.get(kind, kind)}: error, as a share", xlabel="block")
+        for axes in (widths, errors):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, metadata={"Software": None})  # without the version of matplotlib
+    return True

@@ -1,0 +1,128 @@
+"""The output folder: plan + conversion -> shards, config, side files.
+
+Every tensor of the written class is copied, sliced, folded, converted, or a zero bias that the config opens.
+`Conversion.layout` refuses anything else before the first byte.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..conversion.layout import Conversion
+from ..io.tensor_files import save_tensors
+from ..io.writer import Writer
+from ..models.families import tensors_by_block
+from ..models.loading import SIDE_FILES, Model
+from ..models.weight_names import names_on_disk
+from ..sites.plan import SitePlan, pack_plan
+from ..sites.site import Tensors
+from .recipe import PLAN_FILE, RECIPE_FILE
+
+# Keys of the rotary base in older releases, and of that of blocks with a window
+ROPE_KEYS = {"modernbert": "global_rope_theta"}
+LOCAL_ROPE_KEYS = {"gemma3_text": "rope_local_base_freq", "modernbert": "local_rope_theta"}
+
+# Written here, or valid for the source's files only
+NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", RECIPE_FILE}
+
+
+class FolderWriter:
+    """Writes the tensors of one plan: `write_block` block by block, then `finish` for the rest."""
+
+    def __init__(self, source: Model, conversion: Conversion, folder: Path) -> None:
+        self.source, self.conversion, self.layout, self.folder = source, conversion, conversion.layout, folder
+        self._names = names_on_disk(conversion.meta_model)
+        self._writer = Writer(folder, {self._names[name]: of for name, of in self.layout.items()})
+        self._plan: dict[str, SitePlan] = {}
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+
+    def write_block(self, block: int, plan: Mapping[str, SitePlan]) -> dict[str, str]:
+        """Write a block, pruned by the plans of its sites; returns the digests of its tensors."""
+        digests = self._write(block, plan)
+        self._plan |= {name: choice.without_weights() for name, choice in plan.items()}
+        return digests
+
+    def holds_block(self, plan: Mapping[str, SitePlan], digests: Mapping[str, str]) -> bool:
+        """Whether an earlier run wrote this block with these digests; then it is not written again."""
+        if not self._writer.holds(digests):
+            return False
+        self._plan |= plan
+        return True
+
+    def finish(self) -> dict[str, str]:
+        """Write the other tensors, the config, the plan and the side files; returns the digests of all tensors."""
+        changed = {site.block for site in self.conversion.sites}
+        for block in tensors_by_block(self.source.meta_model, self.source.family):
+            if block not in changed:
+                self._write(block, {})
+        for name, (shape, dtype) in self.layout.items():
+            if self._names[name] not in self._writer.digests:
+                assert name.endswith(".bias"), name
+                self._writer.write(self._names[name], torch.zeros(shape, dtype=dtype))
+        digests = self._writer.finish()
+        save_tensors(pack_plan(self._plan), self.folder / PLAN_FILE)
+        write_config(self.conversion.config, self.folder / "config.json")
+        copy_side_files(self.source.folder, self.folder)
+        return digests
+
+    def _write(self, block: int | None, plan: Mapping[str, SitePlan]) -> dict[str, str]:
+        tensors = prune_block(self.source, self.conversion, plan, block)
+        for name, tensor in tensors.items():
+            self._writer.write(self._names[name], tensor.to(self.layout[name][1]))
+        self.source.checkpoint.release()
+        return {self._names[name]: self._writer.digests[self._names[name]] for name in tensors}
+
+
+def prune_block(source: Model, conversion: Conversion, plan: Mapping[str, SitePlan], block: int | None) -> Tensors:
+    """The tensors of a source block (None: outside the blocks), pruned by a plan and converted.
+
+    Tensors that change are float32.
+    """
+    tensors = {name: source.read(name) for name in tensors_by_block(source.meta_model, source.family)[block]}
+    if conversion.mapping is not None:
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    sites = [site for site in conversion.sites if site.block == block]
+    # a bias that also takes another site's constants takes its own first
+    for site in sorted(sites, key=lambda site: site.folded_into != site.bias):
+        tensors = site.kind.prune(tensors, site, plan[site.name])
+    return conversion.convert(block, tensors)
+
+
+def write_config(config: PreTrainedConfig, path: Path) -> None:
+    """Write config.json, with the rope keys of older releases of transformers too, because they ignore the new ones."""
+    values = config.to_diff_dict()
+    rope = getattr(config, "rope_parameters", None)
+    if rope and "full_attention" in rope:  # one per kind of block
+        if config.model_type in LOCAL_ROPE_KEYS and "sliding_attention" in rope:
+            values[LOCAL_ROPE_KEYS[config.model_type]] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if rope and "rope_theta" in rope:
+        scaling = dict(rope)
+        values[ROPE_KEYS.get(config.model_type, "rope_theta")] = scaling.pop("rope_theta")
+        if "partial_rotary_factor" in scaling:
+            values["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+        if scaling["rope_type"] == "longrope" and "original_max_position_embeddings" in scaling:
+            values["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+        if config.model_type not in ROPE_KEYS:  # ModernBERT had no scaling, and now applies it to both kinds of block
+            values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation config, templates and licence."""
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.name not in NOT_COPIED and path.is_file():
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)

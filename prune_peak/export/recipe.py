@@ -1,0 +1,120 @@
+"""The recipe (prune_peak.json) and the plan file: write, read and check."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..conversion.layout import Conversion
+from ..data.windows import Windows
+from ..errors import PrunePeakError
+from ..io.tensor_files import load_tensors
+from ..io.untrusted import check_folder, read_json
+from ..models.loading import Model
+from ..options import UNITS
+from ..sites.finding import find_sites, labels, prunable_kinds
+from ..sites.plan import SitePlan, SiteResult, unpack_plan
+from ..sites.site import Site
+from ..version import __version__
+
+RECIPE_FILE = "prune_peak.json"
+PLAN_FILE = "prune_peak_plan.safetensors"
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a checkpoint is."""
+
+    neurons: Mapping[str, int]  # by the kind of site, over all blocks
+    parameters: int
+    bytes: int
+    cache: int  # bytes of the KV cache per token; 0 without one
+
+
+def measure_size(model: Model, zeroed: Mapping[tuple[str, int], int]) -> Size:
+    """The size of a model; `zeroed` neurons, by label and block of the site, do not count."""
+    neurons: Counter[str] = Counter()
+    cache = 0
+    kinds = prunable_kinds(model.meta_model, model.family)
+    for site in find_sites(model.meta_model, model.family, kinds, keep_shape=True):
+        neurons[site.label] += site.neurons - zeroed.get((site.label, site.block), 0)
+        groups, _, head_dim = site.heads
+        if head_dim > 1 and model.meta_model.can_generate():  # an attention
+            cache += 2 * groups * head_dim * model.dtype.itemsize
+    return Size(dict(neurons), model.parameters, model.size, cache)
+
+
+def describe_sites(sites: Sequence[Site], results: Mapping[str, SiteResult]) -> dict[str, Any]:
+    """What became of every site: the parts `sites`, `fills` and `refits` of the recipe."""
+    described: dict[str, dict[str, Any]] = {"sites": {}, "fills": {}, "refits": {}}
+    for site in sites:
+        result = results[site.name]
+        described["fills"][site.name] = result.fill
+        described["sites"][site.name] = {
+            "kind": site.label,
+            "block": site.block,
+            "neurons": site.neurons,
+            "kept": len(result.plan.keep),
+            "lost": result.lost,
+            "score": result.score,
+        } | ({} if result.scores_lost is None else {"scores_lost": result.scores_lost})
+        if result.refit is not None:
+            described["refits"][site.name] = asdict(result.refit)
+    return described
+
+
+def describe_run(source: Model, conversion: Conversion, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
+    """What was pruned, and how. It holds no dates and times, so that the same command gives the same bytes."""
+    return {
+        "prune_peak": __version__,
+        "source": {"model": source.label, "revision": source.revision, "digest": source.digest},
+        "options": dict(options),
+        "calibration_digest": windows.digest,
+        "output_class": conversion.model_class.__name__,
+        "versions": VERSIONS,
+    }
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file with sorted keys."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of a folder that prune-peak wrote."""
+    try:
+        check_folder(folder)
+        recipe = dict(read_json(folder / RECIPE_FILE))
+        options = recipe["options"]
+        flags = (options["refit"], options["keep_shape"])
+        well_formed = isinstance(recipe["tensors"], dict) and all(isinstance(flag, bool) for flag in flags)
+        sites = options["sites"]
+        if not well_formed or not isinstance(sites, list) or not sites or not set(sites) <= set(labels()):
+            raise TypeError("tensors, options.refit, options.keep_shape, options.sites")
+        if options["unit"] not in UNITS:
+            raise TypeError("options.unit")
+        if not all(type(site["kept"]) is int and site["kept"] > 0 for site in recipe["sites"].values()):
+            raise TypeError("sites.kept")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
+    return recipe
+
+
+def read_plan(folder: Path) -> dict[str, SitePlan]:
+    """The plan of a written folder: a `SitePlan` for every site, by the site's name."""
+    tensors, _ = load_tensors(folder / PLAN_FILE)
+    try:
+        return unpack_plan(tensors)
+    except ValueError as error:
+        raise PrunePeakError(f"{folder / PLAN_FILE} is not a plan: {error}.") from None

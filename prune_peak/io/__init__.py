@@ -1,0 +1,1 @@
+"""Weight files, and safe access to untrusted files."""

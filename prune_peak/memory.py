@@ -1,0 +1,161 @@
+"""Plan the memory of a run: batch size, place of the hidden states, device.
+
+The plan estimates the peak of resident memory in each phase from shapes alone. A smaller budget first moves the hidden
+states to disk (same numbers), then reduces the batch size (different rounding). With ample memory, freed memory is
+kept for the next block, because new pages take time.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .data.self_generated import cache_path
+from .data.windows import BATCH_IMAGES, held_out_count, window_length
+from .errors import PrunePeakError
+from .models.bfloat16 import factor_type
+from .models.execution import BATCH_TOKENS, DTYPES, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
+from .models.families import find_blocks
+from .models.loading import Model, count_patches
+from .options import PROCESSOR, SELF, CalibrationOptions
+from .sites.site import Site
+
+BASE_MEMORY = 600_000_000  # bytes of a process after importing torch and transformers and drawing a figure
+MACHINE_SHARE = 0.8  # default budget as a share of the physical memory
+ROOMY = 3  # keep freed memory if the budget is this many times the estimate
+PROBED_TOKENS = 1400  # tokens of which verification of a whole model holds the logits
+STREAMED_TOKENS = 600  # the same for larger models, which run block by block
+PASSAGE_TOKENS = 64 * 128  # tokens of self-generated text that are sampled at once
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The size of a calibration, for the memory estimate."""
+
+    sites: Sequence[Site]
+    tokens: int  # of the whole calibration
+    length: int  # tokens of a window
+    refit: bool
+    dtype: torch.dtype
+    samples_text: bool = False  # the whole model generates the calibration text
+    is_measured: bool = False  # the statistics are read from a file
+
+
+def physical_memory() -> int:
+    """The machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def plan_execution(
+    source: Model, workload: Workload, max_memory: int | None = None, device: str = PROCESSOR
+) -> ExecutionConfig:
+    """The fastest configuration within a budget of bytes (default: 80 % of the physical memory).
+
+    Raises:
+        PrunePeakError: the budget is too small; the message names the minimum and cheaper options.
+    """
+    found = find_device(device)
+    budget = max_memory or int(MACHINE_SHARE * physical_memory())
+    other = 0  # peak outside the calibration
+    if workload.samples_text:
+        other = _own_text_memory(source)
+        if other > budget:
+            raise PrunePeakError(
+                f"{source.name} generates its own text with the whole model, which needs {_gigabytes(other)} of "
+                f"memory; the budget is {_gigabytes(budget)}. Pass --calibration FILE or a larger --max-memory."
+            )
+    verifying = BASE_MEMORY + 4 * source.parameters + 12 * PROBED_TOKENS * getattr(source.config, "vocab_size", 0)
+    whole_size = WHOLE_SIZE if verifying <= budget else 0
+    if source.size <= whole_size:
+        other = max(other, verifying)
+    most = max(workload.length, BATCH_TOKENS)
+    sizes = [most >> halvings for halvings in range(most.bit_length()) if most >> halvings > workload.length]
+    for batch_tokens in [*sizes, workload.length]:
+        for hidden_states_on_disk in (False, True):
+            needed = _most_resident(source, workload, batch_tokens, hidden_states_on_disk)
+            if needed <= budget:
+                needed = max(needed, other)
+                return ExecutionConfig(
+                    batch_tokens, hidden_states_on_disk, whole_size, found, budget < ROOMY * needed, needed
+                )
+    least = _most_resident(source, workload, workload.length, True)
+    raise PrunePeakError(
+        f"{source.name} needs {_gigabytes(least)} of memory with these options; the budget is {_gigabytes(budget)}. "
+        f"{_advice(source, workload, budget)}Otherwise pass a larger --max-memory."
+    )
+
+
+def _advice(source: Model, workload: Workload, budget: int) -> str:
+    """Name an option that needs less memory."""
+    neurons = max(site.neurons for site in workload.sites)
+    if workload.refit and workload.tokens >= neurons and not workload.is_measured:
+        samples = (neurons - 1) // workload.length
+        few = replace(workload, tokens=samples * workload.length)
+        if samples and _most_resident(source, few, workload.length, True) <= budget:
+            return f"--samples {samples} gives fewer tokens than neurons, which needs less. "
+    if workload.refit:
+        bare = replace(workload, refit=False)
+        if _most_resident(source, bare, workload.length, True) <= budget:
+            return f"--no-refit needs {_gigabytes(_most_resident(source, bare, workload.length, True))}. "
+    return "A shorter --sequence-length needs less. " if workload.length > 128 else ""
+
+
+def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_states_on_disk: bool) -> int:
+    """Estimated peak of resident bytes."""
+    config, width = source.config, workload.dtype.itemsize
+    hidden, neurons = int(config.hidden_size), max(site.neurons for site in workload.sites)
+    stored = source.dtype.itemsize
+    block = sum(parameter.numel() for parameter in find_blocks(source.meta_model, source.family)[0].parameters())
+    ends = sum(tensor.numel() for name, tensor in source.meta_model.state_dict().items() if _is_outside(source, name))
+    factor = factor_type(workload.dtype).itemsize
+    wide = factor if factor > width else 0  # bytes per element of the converted factors
+    weights = block * factor
+    states = 0 if hidden_states_on_disk or workload.is_measured else workload.tokens * hidden * width
+    batch = batch_tokens * ((4 * neurons + 8 * hidden) * width + (neurons + hidden) * wide)
+    measured = neurons * 256 * 8
+    accumulator = solving = 0
+    if workload.refit and workload.tokens < neurons:
+        accumulator = workload.tokens * neurons * width
+        solving = 2 * accumulator + 20 * workload.tokens**2 + 12 * neurons * hidden + 12 * workload.tokens * neurons
+    elif workload.refit:
+        accumulator = 8 * neurons**2
+        solving = 32 * neurons**2
+    vocabulary = int(getattr(config, "vocab_size", 0))
+    held = states + measured + accumulator
+    phases: tuple[int, ...] = (
+        weights + block * stored,  # while weights are read
+        weights + held + batch,
+        held + solving,
+        held + 2 * block * stored + 8 * neurons * hidden,  # while a block is written
+        ends * (stored + max(width, wide)) + 12 * workload.length * vocabulary,  # the head in an evaluation
+        ends * (stored + 4) + 12 * STREAMED_TOKENS * vocabulary,  # the head in float32, in verification
+    )
+    return BASE_MEMORY + max(phases)
+
+
+def _own_text_memory(source: Model) -> int:
+    """Bytes of the whole model and its cache while it generates text."""
+    cache = 2 * len(find_blocks(source.meta_model, source.family)) * int(source.config.hidden_size) * PASSAGE_TOKENS
+    return BASE_MEMORY + 2 * source.size + cache * source.dtype.itemsize
+
+
+def _is_outside(source: Model, name: str) -> bool:
+    return f"{source.family.blocks}." not in name
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def estimate_workload(source: Model, sites: Sequence[Site], options: CalibrationOptions, for_refit: bool) -> Workload:
+    """The workload of a calibration that is still to be measured."""
+    compute = DTYPES[options.dtype or default_dtype(source)]
+    samples = options.samples
+    if source.sees_images:
+        patches = count_patches(source)
+        return Workload(sites, samples * patches, min(samples, BATCH_IMAGES) * patches, for_refit, compute)
+    length = window_length(source, options.sequence_length)
+    cached = cache_path(source, samples + held_out_count(samples), length, options.seed)
+    samples_text = SELF in options.calibration and not cached.is_file()
+    return Workload(sites, samples * length, length, for_refit, compute, samples_text)

@@ -1,0 +1,1 @@
+"""Models: supported families, config checks, weight names, and block-by-block execution."""

@@ -1,0 +1,123 @@
+"""Checks of a config before any weight is read; the stock class that the config names."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..errors import PrunePeakError, brief
+from ..io.untrusted import read_json
+from .families import FAMILIES, Family
+
+# Far above any real model; larger values would only exhaust the memory
+MOST_BLOCKS, MOST_LABELS = 1000, 1_000_000
+MOST = {
+    "num_hidden_layers": MOST_BLOCKS,
+    "n_layer": MOST_BLOCKS,
+    "n_layers": MOST_BLOCKS,
+    "num_labels": MOST_LABELS,
+    "_num_labels": MOST_LABELS,
+}
+MOST_BUFFERS = 2**31  # bytes of the tables (positions, masks) that a class computes from its config
+
+
+def refuse_code(raw: Mapping[str, Any], folder: Path) -> None:
+    """Refuse settings that make transformers read or run anything but the weights of this folder."""
+    for key, value in raw.items():
+        if "_implementation" in key and "/" in json.dumps(value):
+            raise PrunePeakError(
+                f"{folder / 'config.json'} sets {key} to {value!r}, which is code from the Hub and is never run. "
+                "Expected a built-in implementation; remove the key."
+            )
+    if raw.get("transformers_weights") is not None:
+        raise PrunePeakError(
+            f"{folder / 'config.json'} sets transformers_weights to {raw['transformers_weights']!r}; expected weight "
+            "files with the standard names. Rename the files and remove the key."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise PrunePeakError(
+            f"{folder} contains an adapter (adapter_config.json); expected plain weights. Merge the adapter into "
+            "the model first."
+        )
+
+
+def check_generation(folder: Path) -> None:
+    """Refuse an invalid generation config, because every loader of the weights reads it."""
+    path = folder / "generation_config.json"
+    if path.exists():
+        try:
+            read_json(path)
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # the checks of each setting raise different types
+            raise PrunePeakError(
+                f"{path} is not a valid generation config: {brief(error)}. Fix or remove the file."
+            ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parse config.json."""
+    path = folder / "config.json"
+    try:
+        raw = read_json(path)
+    except FileNotFoundError:
+        raise PrunePeakError(
+            f"{folder} contains no config.json; expected the folder of a model. Save it with `save_pretrained`."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PrunePeakError(f"{path} is not readable JSON ({brief(error)}). Download it again.") from None
+    if not isinstance(raw, dict):
+        raise PrunePeakError(
+            f"{path} contains a {type(raw).__name__}; expected an object with a model_type. Download it again."
+        )
+    return raw
+
+
+def find_family(raw: dict[str, Any], folder: Path) -> Family:
+    """The family of a config.
+
+    Raises:
+        PrunePeakError: the model is not supported; the message names its kind.
+    """
+    model_type = raw.get("model_type")
+    if raw.get("quantization_config"):
+        what = "a quantized checkpoint. Prune the unquantized model, then quantize the result."
+    elif raw.get("is_encoder_decoder") or raw.get("add_cross_attention"):
+        what = "an encoder-decoder model, which is not supported."
+    elif isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    elif any("expert" in key for key in raw):
+        what = f"a mixture of experts ({model_type}), which is not supported: experts have no bias for the constants."
+    elif isinstance(raw.get("text_config"), dict) or isinstance(raw.get("vision_config"), dict):
+        what = f"a multimodal wrapper ({model_type}). Save its language model separately and prune that."
+    elif "auto_map" in raw:
+        what = f"a model with custom code ({model_type!r}), which is never run. Use a stock class of transformers."
+    else:
+        what = f"of the model type {model_type!r}, which is not supported. Supported: {', '.join(sorted(FAMILIES))}."
+    raise PrunePeakError(f"{folder} is {what}")
+
+
+def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedModel]:
+    """The stock class that a config names first. Default: the causal LM, or the base model if there is no causal LM."""
+    found: Any = getattr(transformers, str(architectures[0]), None) if architectures else None
+    if not architectures:
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        found = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING if causal else transformers.MODEL_MAPPING)[type(config)]
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or found.config_class is not type(config):
+        raise PrunePeakError(
+            f"config.json names the class {architectures!r}; expected a stock {config.model_type} class of "
+            f"transformers {transformers.__version__}. Custom code is never run; correct the key architectures."
+        )
+    model_class: type[PreTrainedModel] = found
+    return model_class
+
+
+def build_meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the `meta` device: modules and shapes without weights."""
+    with torch.device("meta"), no_init_weights():
+        return model_class(config)

@@ -1,0 +1,53 @@
+"""Device, dtypes and batch size of a run."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UsageError
+from ..options import PROCESSOR
+from .loading import Model
+
+log = logging.getLogger(__name__)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_dtype(source: Model) -> str:
+    """The dtype to compute in: that of the weights, but float32 for float16, which activations overflow."""
+    return "bfloat16" if source.dtype is torch.bfloat16 else "float32"
+
+
+CPU = torch.device(PROCESSOR)
+BATCH_TOKENS = 4096  # tokens per forward pass of a block
+WHOLE_SIZE = 600_000_000  # bytes; verification loads smaller models whole, in float32
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How a run stays within its memory budget, and the device for the blocks."""
+
+    batch_tokens: int = BATCH_TOKENS
+    hidden_states_on_disk: bool = False
+    whole_size: int = WHOLE_SIZE
+    device: torch.device = CPU
+    release_memory: bool = False  # return freed memory to the system after every block; slower
+    needed: int = 0  # estimated peak of resident bytes
+
+
+def find_device(name: str) -> torch.device:
+    """The named device, or the CPU with a warning if the device is not available.
+
+    Raises:
+        UsageError: the name is not a device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: expected cpu or cuda. Choose one of them.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        log.warning("No %s device is available; blocks run on the CPU.", name)
+        return CPU
+    return device

@@ -1,0 +1,288 @@
+"""Open a checkpoint as the stock class that its config names.
+
+Names on disk and in the class can differ (base-class checkpoints, legacy names); only this module resolves them.
+Every check that needs no weights is made here.
+"""
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
+
+from ..errors import PrunePeakError, brief
+from ..io.checkpoint import Checkpoint
+from ..io.tensor_files import digest_tensor
+from ..io.untrusted import TEMPLATES, check_folder
+from .config_checks import (
+    MOST,
+    MOST_BUFFERS,
+    build_meta_model,
+    check_generation,
+    find_class,
+    find_family,
+    read_config,
+    refuse_code,
+)
+from .families import Family
+from .weight_names import check_shapes, match_names
+
+# Files that are copied with a checkpoint; not code, pickles or the README
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja", "LICENSE*", "NOTICE*")
+CARD = "README.md"  # read for the licence
+
+# Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
+NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
+IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model described by its config; no weight is read."""
+
+    name: str  # as the user gave it
+    revision: str | None  # the Hub's commit, None for a folder
+    folder: Path
+    family: Family
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+
+    @property
+    def label(self) -> str:
+        """The name in published files: the Hub id, or the folder's name without its path."""
+        return self.name if self.revision is not None else self.folder.resolve().name
+
+    @cached_property
+    def meta_model(self) -> PreTrainedModel:
+        """The model on `meta`: modules and shapes without weights."""
+        return build_meta_model(self.model_class, self.config)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor (without weights: the config's)."""
+        return self.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights according to the config."""
+        return self.config.dtype or torch.float32
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the inputs are images rather than tokens."""
+        return bool(self.model_class.main_input_name == IMAGES)
+
+    @property
+    def positions(self) -> int | None:
+        """The maximum number of tokens of a window; None if the config sets no limit."""
+        positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        for name, module in self.meta_model.named_modules():
+            # RoBERTa's positions start after the padding index
+            if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                positions -= int(module.padding_idx) + 1
+        return positions
+
+
+@dataclass(frozen=True)
+class Model(ModelSpec):
+    """An open model with its weights; `names` maps names in the class to names on disk."""
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    tied: Mapping[str, str]  # tied tensor -> the tensor that is stored for it
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights (of most elements, if the dtypes differ)."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in self.checkpoint.names:
+            dtype = self.checkpoint.dtype(name)
+            if dtype.is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + torch.Size(self.checkpoint.shape(name)).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor by its name in the class."""
+        return self.checkpoint.read(self.names[self.tied.get(name, name)])
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """`Checkpoint.read_ahead` for names in the class."""
+        self.checkpoint.read_ahead([self.names[self.tied.get(name, name)] for name in names])
+
+    def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with parameters on `meta` and computed buffers, in evaluation mode, without a cache."""
+        empty_model = self._build(dtype)
+        if dtype is not torch.float32:  # round float32 tables, as `from_pretrained` does
+            exact = dict(self._build(torch.float32).named_buffers())
+            for name, buffer in empty_model.named_buffers():
+                buffer.copy_(exact[name])
+        return empty_model
+
+    def _build(self, dtype: torch.dtype) -> PreTrainedModel:
+        with local_torch_dtype(dtype), no_init_weights(), _parameters_on_meta():
+            model: PreTrainedModel = self.model_class(copy.deepcopy(self.config)).eval()
+        model.config.use_cache = False
+        return model
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.checkpoint.dtype(self.names[self.tied.get(name, name)])
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(self.checkpoint.shape(disk)).numel() for disk in self.names.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(
+            torch.Size(self.checkpoint.shape(disk)).numel() * self.checkpoint.dtype(disk).itemsize
+            for disk in self.names.values()
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """An identifier of the weights: the Hub's commit, or a SHA-256 over config and tensors."""
+        if self.revision is not None:
+            return self.revision
+        total = hashlib.sha256((self.folder / "config.json").read_bytes())
+        names = sorted(self.names.items())
+        at_once = os.cpu_count() or 1
+        with ThreadPoolExecutor(at_once) as pool:
+            for start in range(0, len(names), at_once):
+                tensors = {name: self.checkpoint.read(disk) for name, disk in names[start : start + at_once]}
+                for name, digest in zip(tensors, pool.map(digest_tensor, tensors.values()), strict=True):
+                    total.update(name.encode() + digest.encode())
+                del tensors
+                self.checkpoint.release()
+        return total.hexdigest()
+
+
+def count_patches(source: ModelSpec) -> int:
+    """The number of patches per image, without class tokens."""
+
+    def area(size: Any) -> int:
+        return size**2 if isinstance(size, int) else math.prod(size)
+
+    return area(source.config.image_size) // area(source.config.patch_size)
+
+
+def open_model_spec(name: str, revision: str | None = None) -> ModelSpec:
+    """Read only the config of a model from a folder or the Hub.
+
+    Raises:
+        PrunePeakError: the model cannot be found or is not supported.
+    """
+    folder, commit = _locate(name, revision, ["config.json"])
+    return _read_spec(name, commit, folder)
+
+
+def open_model(name: str, revision: str | None = None) -> Model:
+    """Open a folder or a Hub id as a supported model.
+
+    Raises:
+        PrunePeakError: the model cannot be found, is not supported, or config and weights do not match.
+    """
+    folder, commit = _locate(name, revision, [*SIDE_FILES, CARD, "*.safetensors"])
+    if commit is not None and not any(folder.glob("*.safetensors")):
+        folder, commit = _locate(name, commit, [*SIDE_FILES, CARD, "pytorch_model*.bin"])
+    spec = _read_spec(name, commit, folder)
+    config, meta_model = spec.config, spec.meta_model
+    checkpoint = Checkpoint(folder)
+    names = match_names(checkpoint, meta_model, spec.family.ignored_tensors)
+    tied = {copied: first for copied, first in meta_model.all_tied_weights_keys.items() if first != copied}
+    for copied, first in list(tied.items()):
+        if first not in names and copied in names:
+            names[first] = names.pop(copied)
+        elif copied in names and not torch.equal(checkpoint.read(names[copied]), checkpoint.read(names[first])):
+            # like transformers, do not tie tensors that differ, whatever the config says
+            config.tie_word_embeddings = False
+            del tied[copied]
+        elif copied in names:
+            del names[copied]
+    check_shapes(checkpoint, meta_model, names, tied)
+    return Model(name, commit, folder, spec.family, config, spec.model_class, checkpoint, names=names, tied=tied)
+
+
+def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            check_folder(folder)
+            return folder, None
+        if folder.exists():
+            raise PrunePeakError(
+                f"{name} is a file; expected a model folder or a Hub id. Pass the folder that contains the file."
+            )
+    except OSError as error:
+        raise PrunePeakError(
+            f"{name} cannot be opened ({error.strerror}). Expected a readable model folder or a Hub id."
+        ) from None
+    try:
+        found = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*NOT_FETCHED])
+        )
+    except HFValidationError:
+        raise PrunePeakError(f"{name} is neither a folder nor a Hub id. Check the spelling.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise PrunePeakError(f"{name} is not a folder, and the download from the Hub failed: {brief(error)}") from None
+    return found, found.name
+
+
+def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
+    raw = read_config(folder)
+    family = find_family(raw, folder)
+    path = folder / "config.json"
+    for key, most in MOST.items():
+        if key in raw and not (isinstance(raw[key], int) and 1 <= raw[key] <= most):
+            raise PrunePeakError(f"{path} sets {key} to {raw[key]!r}; expected 1 to {most}. Correct the config.")
+    refuse_code(raw, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise TypeError(f"dtype {raw.get('dtype', raw.get('torch_dtype'))!r}")
+        model_class = find_class(config, raw.get("architectures"))
+        spec = ModelSpec(name, commit, folder, family, config, model_class)
+        meta_model = spec.meta_model  # raises for shapes that the class rejects
+    except PrunePeakError:
+        raise
+    except Exception as error:  # config classes and modules raise many types
+        raise PrunePeakError(
+            f"{path} is not a valid {family.model_type} config: {brief(error)}. Correct the config."
+        ) from None
+    tables = sum(buffer.numel() * buffer.itemsize for buffer in meta_model.buffers())
+    if tables > MOST_BUFFERS:
+        raise PrunePeakError(
+            f"{path} needs tables of {tables:,} bytes; expected at most {MOST_BUFFERS:,}. Correct the config."
+        )
+    check_generation(folder)
+    return spec
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Create parameters on `meta` and compute buffers (rotary tables): replaces `nn.Module.register_parameter`."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,342 @@
+"""Run a stock model block by block and read weights when they are needed.
+
+A dry pass with recorders in place of the blocks captures the inputs of each block (in some families, masks and
+positions differ by block). Then each block loads its weights, runs over all batches and frees its memory. The results
+equal those of the whole forward pass, bit for bit. Hidden states can be stored in a file.
+"""
+
+import ctypes
+import sys
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import PrunePeakError
+from ..io.tensor_files import tensor_bytes
+from .bfloat16 import factor_type, fast_products
+from .execution import CPU, ExecutionConfig
+from .families import blocks_path, find_blocks
+from .loading import Model
+
+FACTORS = (nn.Linear, Conv1D)  # modules (not subclasses) whose weight is only a factor of a product
+FEW_TOKENS = 4  # the last of a window, because padding is on the left
+# Keyword arguments of the model's forward: input_ids and optionally attention_mask, or pixel_values
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class BlockInputs:
+    """The arguments of one call of a block, except the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class SharedTensors:
+    """Deduplicates tensors: rotary tables and masks are equal for all batches of one shape."""
+
+    def __init__(self) -> None:
+        self._unique: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+
+    def share(self, call: BlockInputs) -> BlockInputs:
+        """The same inputs, with equal tensors replaced by the ones stored first."""
+        return BlockInputs(*tree_map_only(Tensor, self._first, (call.args, call.kwargs)))
+
+    def _first(self, tensor: Tensor) -> Tensor:
+        unique = self._unique.setdefault((tensor.shape, tensor.dtype), [])
+        for other in unique:
+            if other is tensor or torch.equal(other, tensor):
+                return other
+        unique.append(tensor)
+        return tensor
+
+
+class StopForward(Exception):  # noqa: N818 - not an error
+    """Raised to end a forward pass once the first block's inputs are captured."""
+
+
+class InputRecorder(nn.Module):
+    """Replaces a block: records its inputs and returns the hidden states unchanged, or `output` if it is set."""
+
+    def __init__(self, block: nn.Module, in_tuple: bool | None) -> None:
+        super().__init__()
+        # attributes that the model reads from its blocks (ModernBERT reads the attention type)
+        vars(self).update({name: value for name, value in vars(block).items() if not name.startswith("_")})
+        self.in_tuple = in_tuple  # whether the block returns a tuple; None: stop the forward pass
+        self.hidden: Tensor | None = None
+        self.call: BlockInputs | None = None
+        self.output: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.call = hidden, BlockInputs(args, kwargs)
+        if self.in_tuple is None:
+            raise StopForward
+        output = hidden if self.output is None else self.output
+        return (output, None) if self.in_tuple else output
+
+
+class HiddenStates:
+    """The hidden states of all batches, in memory or in a temporary file."""
+
+    def __init__(self, hidden_states_on_disk: bool = False) -> None:
+        self.shapes: list[torch.Size] = []
+        self._held: list[Tensor] = []
+        self._dtype = torch.float32
+        self._file = tempfile.TemporaryFile() if hidden_states_on_disk else None  # noqa: SIM115 - as long as this lives
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
+
+    def append(self, hidden: Tensor) -> None:
+        """Add the states of one batch, (batch, positions, hidden); all have one dtype."""
+        self.shapes.append(hidden.shape)
+        self._dtype = hidden.dtype
+        if self._file is None:
+            self._held.append(hidden)
+        else:
+            self[len(self.shapes) - 1] = hidden
+
+    def __getitem__(self, number: int) -> Tensor:
+        if self._file is None:
+            return self._held[number]
+        hidden = torch.empty(self.shapes[number], dtype=self._dtype)
+        self._file.seek(self._offset(number))
+        self._file.readinto(tensor_bytes(hidden))
+        return hidden
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        if self._file is None:
+            self._held[number] = hidden
+        else:
+            self._file.seek(self._offset(number))
+            self._file.write(tensor_bytes(hidden))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _offset(self, number: int) -> int:
+        return self._dtype.itemsize * sum(shape.numel() for shape in self.shapes[:number])
+
+
+@dataclass
+class BlockRun:
+    """One block with its weights loaded, and the hidden states before it."""
+
+    index: int
+    block: nn.Module
+    _states: HiddenStates
+    _calls: Sequence[BlockInputs]
+    _device: torch.device
+    _release: Callable[[], None]  # frees the weights after the block has run
+    ran: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """The number of tokens (or patches) of each batch."""
+        return [shape[:-1].numel() for shape in self._states.shapes]
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[int]:
+        """Yield each batch's index, then run the block on it; free the weights at the end."""
+        assert not self.ran
+        self.ran = True
+        for number in range(len(self._calls)):
+            yield number
+            self._states[number] = self.output(number).cpu()
+        self._release()
+
+    @torch.inference_mode()
+    def output(self, number: int) -> Tensor:
+        """The block's output for one batch, on the block's device."""
+        call, hidden = self._calls[number], self._states[number]
+        if self._device.type != "cpu":
+            call = BlockInputs(_to_device(call.args, self._device), _to_device(call.kwargs, self._device))
+            hidden = _to_device(hidden, self._device)
+        with fast_products():
+            output = self.block(hidden, *call.args, **call.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    @torch.inference_mode()
+    def powers(self) -> Tensor:
+        """The squared norm of the current hidden state of every token, (tokens,)."""
+        norms = [self._states[number].float().square().sum(-1).flatten() for number in range(len(self._states))]
+        return torch.cat(norms)
+
+
+class BlockStream:
+    """Runs a stock model over batches, block by block, then through the head.
+
+    Args:
+        dtype: to compute in.
+        execution: the device of the blocks and the place of the hidden states; all other modules stay on the CPU.
+
+    Example:
+        >>> stream = BlockStream(source, batches, torch.float32)    # doctest: +SKIP
+        >>> for step in stream.steps():                             # doctest: +SKIP
+        ...     for number in step.run(): ...
+        >>> for logits in stream.outputs(): ...                     # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        source: Model,
+        batches: Sequence[Batch],
+        dtype: torch.dtype,
+        execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        self.source = source
+        self.model = source.empty_model(dtype)
+        self.dtype = dtype
+        self._batches = batches
+        self._blocks = list(find_blocks(self.model, source.family))
+        self._path = blocks_path(self.model, source.family)
+        self._states = HiddenStates(execution.hidden_states_on_disk)
+        self._device = execution.device
+        self._release_memory = execution.release_memory
+        self._in_tuple: bool | None = None  # unknown before the probe in `steps`
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return len(self._blocks)
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[BlockRun]:
+        """Yield every block in order; a block that the caller did not run runs before the next one is loaded."""
+        body = self.model.base_model
+        calls: list[list[BlockInputs]] = [[] for _ in self._blocks]
+        shared = SharedTensors()
+        self._in_tuple = self._returns_tuple()
+        with self._recording() as recorders, self._outer_weights(body):
+            for batch in self._batches:
+                with fast_products():
+                    body(**batch)
+                assert recorders[0].hidden is not None
+                self._states.append(recorders[0].hidden)
+                if any(recorder.hidden is not recorders[0].hidden for recorder in recorders):
+                    raise PrunePeakError(
+                        f"{self.source.name} changes the hidden states between its blocks (as DeBERTa's convolution); "
+                        "expected consecutive blocks. This model cannot be pruned."
+                    )
+                for recorder, inputs in zip(recorders, calls, strict=True):
+                    assert recorder.call is not None
+                    inputs.append(shared.share(recorder.call))
+        for index, block in enumerate(self._blocks):
+            with ExitStack() as weights:
+                weights.enter_context(self._weights(f"{self._path}.{index}", block, self._device))
+                if index + 1 < self.blocks:
+                    following = _parameters(self._blocks[index + 1], f"{self._path}.{index + 1}")
+                    self.source.read_ahead([name for name, *_ in following])
+                step = BlockRun(index, block, self._states, calls[index], self._device, weights.close)
+                yield step
+                if not step.ran:
+                    deque(step.run(), maxlen=0)
+
+    def _returns_tuple(self) -> bool:
+        """Whether blocks return tuples; runs the first one on a few tokens or one image."""
+        body = self.model.base_model
+        with self._recording() as recorders, self._outer_weights(body), fast_products(), suppress(StopForward):
+            body(**{name: _shorten(values) for name, values in self._batches[0].items()})
+        hidden, call = recorders[0].hidden, recorders[0].call
+        assert hidden is not None
+        assert call is not None
+        with self._weights(f"{self._path}.0", self._blocks[0]), fast_products():
+            return isinstance(self._blocks[0](hidden, *call.args, **call.kwargs), tuple)
+
+    @torch.inference_mode()
+    def outputs(self) -> Iterator[Any]:
+        """Yield the model's output for each batch; call it after all steps."""
+        with self._recording() as recorders, self._outer_weights(self.model):
+            for number, batch in enumerate(self._batches):
+                recorders[-1].output = self._states[number]
+                with fast_products():
+                    output = self.model(**batch)
+                yield output
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[InputRecorder]]:
+        recorders = [InputRecorder(block, self._in_tuple) for block in self._blocks]
+        modules = find_blocks(self.model, self.source.family)
+        for index, recorder in enumerate(recorders):
+            modules[index] = recorder
+        try:
+            yield recorders
+        finally:
+            for index, block in enumerate(self._blocks):
+                modules[index] = block
+
+    def _outer_weights(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Load all weights of a module except those of its blocks (recorders have none)."""
+        return self._weights(next(name for name, other in self.model.named_modules() if other is module), module)
+
+    @contextmanager
+    def _weights(self, prefix: str, module: nn.Module, device: torch.device = CPU) -> Iterator[None]:
+        """Load the parameters of a module; on exit, put them back on `meta` and the buffers back on the CPU."""
+        parameters = _parameters(module, prefix)
+        for name, owner, leaf, _ in parameters:
+            read = self.source.read(name)
+            dtype = self.dtype if read.is_floating_point() else read.dtype
+            is_factor = type(owner) in FACTORS and leaf == "weight" and device == CPU
+            tensor = read.to(dtype)
+            # always copy: kernels round differently on memory that is mapped at an odd offset
+            tensor = tensor.to(factor_type(dtype) if is_factor else dtype, copy=tensor is read)
+            owner._parameters[leaf] = nn.Parameter(_to_device(tensor, device), requires_grad=False)
+        self.source.checkpoint.release()
+        _move_buffers(module, device)
+        try:
+            yield
+        finally:
+            for _, owner, leaf, value in parameters:
+                owner._parameters[leaf] = value
+            _move_buffers(module, CPU)
+            if self._release_memory:
+                _return_memory()
+
+
+def _shorten(values: Tensor) -> Tensor:
+    """The last tokens of the first sequence, or the first image."""
+    return values[:1] if values.is_floating_point() else values[:1, -FEW_TOKENS:]
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Move all tensors of a nested value to the device; pinned memory makes the copy to a GPU asynchronous."""
+
+    def move(tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
+    return value if device == CPU else tree_map_only(Tensor, move, value)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.device != device:
+                owner._buffers[name] = buffer.to(device)
+
+
+def _return_memory() -> None:
+    """Return freed memory to the system; glibc keeps gigabytes of gaps between live tensors."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+
+
+def _parameters(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+    """The parameters of a module: (name in the whole model, owner module, attribute, parameter)."""
+    return [
+        (".".join(part for part in (prefix, path, leaf) if part), owner, leaf, value)
+        for path, owner in module.named_modules()
+        for leaf, value in owner._parameters.items()
+        if value is not None
+    ]

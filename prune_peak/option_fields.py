@@ -1,0 +1,93 @@
+"""What an option is: a dataclass field with its help and its check. The options themselves are in options.py."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import UsageError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def option(
+    default: Any,
+    text: str,
+    choices: Callable[[], Iterable[str]] | None = None,
+    least: int | None = None,
+    most: int | None = None,
+    parse: str | None = None,
+    shown: str | None = None,
+) -> Any:
+    """A dataclass field with all that the command line, the checks and the docstrings need of an option.
+
+    Args:
+        default: its value where the option is not given.
+        text: its help.
+        choices: the allowed values; several for a tuple.
+        least, most: the smallest and the largest allowed number.
+        parse: how the command line reads it: ratio, size, names, data, file, folder or seed; by its type otherwise.
+        shown: how the help shows the default, where its value does not say it.
+    """
+    return field(
+        default=default,
+        metadata={"help": text, "choices": choices, "least": least, "most": most, "parse": parse, "shown": shown},
+    )
+
+
+def flag(name: str) -> str:
+    """The option of the command line by the name of its field."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all options: checks every field, and gives sequences one type."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(item.default, tuple) or item.metadata["parse"] in ("data", "names"):
+                value = (value,) if isinstance(value, str | Path) else value
+                value = None if value is None else tuple(str(v) if isinstance(v, Path) else v for v in value)
+                object.__setattr__(self, item.name, value)
+            _check(item, value)
+
+
+def _check(item: "Field[Any]", value: Any) -> None:
+    choices, least, most = (item.metadata[name] for name in ("choices", "least", "most"))
+    for part in value if isinstance(value, tuple) else (value,):
+        if part is None:
+            continue
+        if choices is not None and part not in choices():
+            raise UsageError(f"{flag(item.name)} {part}: expected one of {', '.join(choices())}.")
+        if least is not None and part < least:
+            raise UsageError(f"{flag(item.name)} {part}: expected at least {least}.")
+        if most is not None and part > most:
+            raise UsageError(f"{flag(item.name)} {part}: expected at most {most}.")
+
+
+def takes(kind: type[Options]) -> Callable[[Function], Function]:
+    """Give a function that ends in `**options` the signature and the `Args:` of the options it takes."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [part for part in signature.parameters.values() if part.kind is not inspect.Parameter.VAR_KEYWORD]
+        known = {part.name for part in own}
+        more = [
+            inspect.Parameter(
+                item.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if item.default is MISSING else item.default,
+                annotation=item.type,
+            )
+            for item in fields(kind)
+            if item.name not in known
+        ]
+        function.__signature__ = signature.replace(parameters=own + more)  # type: ignore[attr-defined]
+        lines = [f"{item.name}: {item.metadata['help']}" for item in fields(kind)]
+        function.__doc__ = (function.__doc__ or "").replace("{options}", "\n        ".join(lines))
+        return function
+
+    return decorate

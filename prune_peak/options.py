@@ -1,0 +1,333 @@
+"""Every option once: name, default, allowed values, help and check. Imports no torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .option_fields import Options, option
+
+SELF = "self"  # the data that the model generates itself
+AUTO, OWN = "auto", "own"
+HEAD, GROUP, NEURON = UNITS = ("head", "group", "neuron")  # what leaves an attention together
+PROCESSOR = "cpu"
+FLOATS = ("float32", "bfloat16", "float16")
+ELIMINATION, DEVIATION = "elimination", "deviation"  # the default scores, with the refit and without it
+RANDOM, RANKED = "random", "ranked"
+RESAMPLE = "resample"
+EVALUATED = 24  # windows of an evaluation text, from its start
+INSPECTED_RATIO = 0.3  # what `inspect` assumes where neither a ratio nor a target is given
+
+# name: function of a `stats.histogram.Summary` that gives the constant of every neuron, (neurons,)
+FILLS: dict[str, Callable[[Any], Any]] = {
+    "peak": lambda summary: summary.peak,
+    "mean": lambda summary: summary.mean,
+    "median": lambda summary: summary.median,
+    "zero": lambda summary: summary.mean.new_zeros(summary.mean.shape),
+}
+# name: the function that chooses the neurons to keep; pruning/scores.py fills it, and imports no torch either
+SCORES: dict[str, Callable[..., Any]] = {}
+# name: the module whose `export(folder, file)` writes the format
+FORMATS = {"gguf": "prune_peak.export.gguf"}
+
+Ratio = float | Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions(Options):
+    """Where a model of the Hub is read from."""
+
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOptions(Options):
+    """What is drawn at random."""
+
+    seed: int = option(0, "Seed of everything that is drawn at random.", parse="seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(HubOptions):
+    """How a model is run."""
+
+    sequence_length: int = option(512, "Tokens per window, special tokens included.", least=2)
+    dtype: str | None = option(
+        None,
+        "Type to compute in; files keep the model's own.",
+        lambda: FLOATS,
+        shown="the model's; float32 for float16",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputClassOptions(Options):
+    """Which class is written."""
+
+    output_class: str = option(
+        AUTO,
+        "transformers class to write: the best that holds the smaller shapes and the constants (auto); the model's "
+        "own, with zeros where it has no bias (own); or a name such as granite or llama.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Options):
+    """How much to prune; exactly one of ratio and the two targets."""
+
+    ratio: Ratio | None = option(None, "Share to prune at every site: 0.3, or mlp=0.2,attention=0.33.", parse="ratio")
+    target_params: float | None = option(None, "Instead: share of all parameters that may stay, e.g. 0.8.")
+    target_bytes: int | None = option(None, "Instead: size that the weights may have, e.g. 2GB.", parse="size")
+    sites: tuple[str, ...] | None = option(
+        None, "Kinds of site to prune: mlp, attention, or mlp,attention.", parse="names", shown="mlp"
+    )
+    unit: str = option(
+        HEAD,
+        "What leaves an attention together: heads, as many of every KV group; whole KV groups, which shrinks the cache;"
+        " or single neurons, of vision transformers (narrower heads) or with --keep-shape.",
+        lambda: UNITS,
+    )
+    keep_shape: bool = option(
+        False, "Set pruned weights to zero instead of deleting them: saves nothing, but works for every attention."
+    )
+    multiple_of: int | None = option(
+        None, "Kept MLP widths are a multiple of this.", least=1, shown="32; 8 below width 512"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum(value is not None for value in (self.ratio, self.target_params, self.target_bytes)) != 1:
+            raise UsageError("pass one of --ratio, --target-params and --target-bytes: how much to prune.")
+        if self.keep_shape and self.ratio is None:
+            raise UsageError("--keep-shape saves nothing, so it cannot reach a target; pass --ratio.")
+        if self.target_params is not None and not 0 < self.target_params < 1:
+            raise UsageError(f"--target-params {self.target_params}: expected a share between 0 and 1, e.g. 0.8.")
+        if self.sites and isinstance(self.ratio, Mapping) and set(self.sites) != set(self.ratio):
+            raise UsageError(f"--ratio names {', '.join(self.ratio)}, but --sites names {', '.join(self.sites)}.")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of site to prune: those asked for, those that the ratio names, or the MLP."""
+        named = tuple(self.ratio) if isinstance(self.ratio, Mapping) else None
+        return self.sites or named or ("mlp",)
+
+    @property
+    def label(self) -> str:
+        """The budget in the name of a folder."""
+        if isinstance(self.ratio, Mapping):
+            return "-".join(f"{kind}{share}" for kind, share in self.ratio.items())
+        if self.ratio is not None:
+            return str(self.ratio)
+        return f"params{self.target_params}" if self.target_bytes is None else f"bytes{self.target_bytes}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions(SeedOptions):
+    """Which neurons stay, at which constants the others are held, and the refit."""
+
+    fill: str = option(
+        "peak",
+        "Constant that a pruned neuron is held at; `auto`: per site, the best on held-out tokens.",
+        lambda: (*FILLS, AUTO),
+    )
+    score: str | None = option(
+        None,
+        "Score that ranks the neurons, e.g. by the error left after the refit (elimination) or after the fill "
+        "(deviation).",
+        lambda: SCORES,
+        shown=f"{ELIMINATION}; {DEVIATION} with --no-refit",
+    )
+    refit: bool = option(
+        True, "Fit the kept weights by least squares, so that they take over what the pruned neurons did."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score is None:
+            object.__setattr__(self, "score", ELIMINATION if self.refit else DEVIATION)
+        if self.score == ELIMINATION and not self.refit:
+            raise UsageError(f"--score {ELIMINATION} requires the refit. Remove --no-refit, or choose another --score.")
+
+    @property
+    def needs_covariances(self) -> bool:
+        """Whether the statistics of single neurons are not enough."""
+        return self.refit or self.fill == AUTO
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(ComputeOptions, SeedOptions):
+    """What the neurons are measured on."""
+
+    calibration: tuple[str, ...] = option(
+        (SELF,), "Data to measure the neurons on: self, a text, a folder of images or a Hub data set.", parse="data"
+    )
+    samples: int = option(48, "Windows (or images) of calibration.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceOptions(Options):
+    """What a run may use of the machine."""
+
+    max_memory: int | None = option(
+        None, "Memory to stay within, e.g. 4GB.", parse="size", shown="most of the machine's"
+    )
+    device: str = option(PROCESSOR, "Device that blocks run on.", lambda: (PROCESSOR, "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(OutputClassOptions, ResourceOptions, CalibrationOptions, PruningOptions, Budget):
+    """The options of `compress`."""
+
+    output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="./<name>-peak-<ratio>")
+    stats: str | Path | None = option(
+        None,
+        "File that `calibrate` wrote, instead of a calibration; the refit needs --covariances in it.",
+        parse="file",
+    )
+    evaluate: tuple[str, ...] | None = option(
+        None,
+        "Text for the perplexity (masked LM: accuracy) before and after, its first 24 windows; or a folder of images, "
+        "FOLDER/<label>/<image>.",
+        parse="data",
+        shown="held-out windows of the calibration; no images",
+    )
+    force: bool = option(False, "Replace the output folder if it exists.")
+
+    def __post_init__(self) -> None:
+        Budget.__post_init__(self)
+        PruningOptions.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressCommand(CompressOptions):
+    """The options of `compress` on the command line."""
+
+    push_to_hub: str | None = option(None, "Push the result to this repository, made if it does not exist.")
+    private: bool = option(False, "Make that repository a private one.")
+    dry_run: bool = option(False, "Describe what would happen and what it would take, and stop.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(HubOptions, OutputClassOptions, Budget):
+    """The options of `inspect`; without ratio and target, a ratio of 0.3."""
+
+    def __post_init__(self) -> None:
+        if self.ratio is None and self.target_params is None and self.target_bytes is None:
+            object.__setattr__(self, "ratio", INSPECTED_RATIO)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(ResourceOptions, CalibrationOptions):
+    """The options of `calibrate`."""
+
+    output: str | Path = option(MISSING, "File to write.", parse="file")
+    covariances: bool = option(
+        False,
+        "Also store covariances. Required for the refit, --fill auto, --unit neuron, and size targets over several "
+        "kinds of site.",
+    )
+    force: bool = option(False, "Replace the file if it exists.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ComputeOptions):
+    """The options of `evaluate`."""
+
+    data: tuple[str, ...] = option(
+        (),
+        "Text for the perplexity (masked LM: accuracy at masked tokens), or a folder of labelled images, "
+        "FOLDER/<label>/<image>.",
+        parse="data",
+    )
+    windows: int = option(EVALUATED, "Most windows of a text, from its start.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(EvaluateOptions):
+    """The options of `evaluate` on the command line."""
+
+    latency: bool = option(False, "Time prefill and cached decoding, the models in turns.")
+    tasks: tuple[str, ...] | None = option(
+        None, "Tasks of lm-evaluation-harness, or YAML files that define some.", parse="names"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions(CalibrationOptions):
+    """The options of `ablate`."""
+
+    output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="./<name>-ablation")
+    fill: tuple[str, ...] = option(
+        (),
+        f"What the neurons are held at; `{RESAMPLE}`: at their values for another token.",
+        lambda: (*FILLS, RESAMPLE),
+        shown="all",
+    )
+    fraction: tuple[float, ...] = option(
+        tuple(step / 10 for step in range(10)),
+        "Share of the neurons of every site that is held.",
+        least=0,
+        most=1,
+        shown="0, 0.1 ... 0.9",
+    )
+    sites: tuple[str, ...] | None = option(
+        None, "mlp or attention; one after the other.", parse="names", shown="all that the family has"
+    )
+    select: str = option(RANDOM, "Neurons at random, or those of the lowest score first.", lambda: (RANDOM, RANKED))
+    score: str = option(
+        "variance", "Score that ranks them.", lambda: [name for name in SCORES if name not in (ELIMINATION, RANDOM)]
+    )
+    seeds: int = option(3, "Random choices of neurons; a ranked study has one.", least=1)
+    data: tuple[str, ...] | None = option(
+        None,
+        "Text to evaluate on; or labelled images, FOLDER/<label>/<image>, which without --calibration also calibrate.",
+        parse="data",
+        shown="other windows of the calibration",
+    )
+    samples: int = option(8, "Windows (or images) of calibration.", least=1)
+    windows: int | None = option(
+        None, "Windows (or images) to evaluate on, others than those of calibration.", least=1, shown="as --samples"
+    )
+    force: bool = option(False, "Start over where the folder holds another study.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions(ComputeOptions, SeedOptions):
+    """The options of `analyze`."""
+
+    output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="./<name>-analysis")
+    data: tuple[str, ...] = option(
+        (SELF,), "Text (or folder of images) to measure on; several are compared with each other.", parse="data"
+    )
+    neuron: tuple[str, ...] = option(
+        (), "KIND:BLOCK:NEURON, such as mlp:3:17: a neuron to draw beside the most extreme ones."
+    )
+    samples: int = option(16, "Windows of each text to measure on.", least=1)
+    windows: int = option(8, "Others of each text to evaluate on, with several texts.", least=1)
+    force: bool = option(False, "Write into the folder though it exists.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(HubOptions):
+    """The options of `verify`."""
+
+    original: str | None = option(None, "The original (folder or Hub id), to compare tensors and outputs with.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(Options):
+    """The options of `push`."""
+
+    private: bool = option(False, "Make the repository a private one.")
+    revision: str | None = option(None, "Branch to push to, made if it does not exist.", shown="main")
+    commit_message: str | None = option(None, "First line of the commit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """The options of `export`."""
+
+    format: str = option(MISSING, "Format to write.", lambda: FORMATS)
+    force: bool = option(False, "Replace the file if it exists.")

@@ -1,0 +1,1 @@
+"""What is decided: how much is pruned, which neurons stay, and the refit."""

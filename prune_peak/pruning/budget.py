@@ -1,0 +1,112 @@
+"""How much to prune: from a ratio or a size target to the neurons kept at every site."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import numpy
+from transformers import PreTrainedModel
+
+from ..conversion.choice import choose_conversion
+from ..errors import PrunePeakError, UsageError
+from ..models.loading import ModelSpec
+from ..options import Budget
+from ..sites.site import Site
+
+Widths = dict[str, int]  # name of a site: neurons kept; a site that stays whole is not named
+
+MOST_WIDTHS = 8  # widths of the other kinds of site that are tried for a size target
+
+
+def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, output_class: str) -> list[Widths]:
+    """The ways to meet the budget, the same width for all sites of a kind.
+
+    A ratio has one way. A size target over several kinds of site has several: for each of at most 8 numbers of heads,
+    evenly spread, the widest MLP that fits.
+
+    Raises:
+        UsageError: a ratio that is not between 0 and 1.
+        PrunePeakError: nothing would be pruned, nothing kept, or the target cannot be reached.
+    """
+    first: dict[str, Site] = {}
+    for site in sorted(sites, key=lambda site: site.label):  # attention before the MLP, whose steps are finer
+        first.setdefault(site.label, site)
+    steps = {kind: site.kind.step(site, budget.multiple_of) for kind, site in first.items()}
+
+    def expand(kept: Mapping[str, int]) -> Widths:
+        """The widths of the sites of the kinds that become narrower."""
+        narrower = {kind for kind, width in kept.items() if width < first[kind].neurons}
+        return {site.name: kept[site.label] for site in sites if site.label in narrower}
+
+    if budget.ratio is not None:
+        ratios = budget.ratio if isinstance(budget.ratio, Mapping) else dict.fromkeys(first, budget.ratio)
+        return [expand({kind: kept_width(site.neurons, ratios[kind], steps[kind]) for kind, site in first.items()})]
+
+    def parameters(kept: Mapping[str, int]) -> int:
+        widths = {site.name: kept[site.label] for site in sites}
+        return count_parameters(choose_conversion(spec, sites, widths, spec.dtype, output_class).meta_model)
+
+    *others, last = first
+    choices = [[(kind, width) for width in _spread(first[kind].neurons, steps[kind])] for kind in others]
+    widths = range(steps[last], first[last].neurons + 1, steps[last])
+    if not widths:
+        raise PrunePeakError(
+            f"multiples of {steps[last]} of {first[last].neurons} neurons would keep none. Choose a smaller "
+            "--multiple-of."
+        )
+    most = _most_parameters(spec, budget)
+    allocations = []
+    for chosen in map(dict, product(*choices)):
+        fitting = bisect_right(widths, most, key=lambda width: parameters(chosen | {last: width}))
+        if fitting:
+            allocations.append(expand(chosen | {last: widths[fitting - 1]}))
+    if {} in allocations:
+        raise PrunePeakError(f"{spec.name} is within the target already: nothing would be pruned.")
+    if not allocations:
+        least = parameters({kind: steps[kind] for kind in first})
+        raise PrunePeakError(
+            f"the target cannot be reached: with one unit left at every site, {least:,} parameters remain. Choose a "
+            "larger target, or prune both kinds (--sites mlp,attention)."
+        )
+    return allocations
+
+
+def _spread(neurons: int, step: int) -> list[int]:
+    """At most 8 widths of a kind of site, evenly spread."""
+    widths = range(step, neurons + 1, step)
+    return list(dict.fromkeys(widths[round(part)] for part in numpy.linspace(0, len(widths) - 1, MOST_WIDTHS)))
+
+
+def _most_parameters(spec: ModelSpec, budget: Budget) -> int:
+    if budget.target_bytes is not None:
+        return budget.target_bytes // spec.dtype.itemsize
+    assert budget.target_params is not None
+    return int(budget.target_params * count_parameters(spec.meta_model))
+
+
+def count_parameters(meta_model: PreTrainedModel) -> int:
+    """The number of parameters, tied ones once."""
+    tied = meta_model.all_tied_weights_keys
+    return sum(tensor.numel() for name, tensor in meta_model.state_dict().items() if name not in tied)
+
+
+def kept_width(width: int, ratio: float, step: int) -> int:
+    """The number of `width` neurons to keep when a share of `ratio` is pruned: the nearest multiple of `step`.
+
+    Raises:
+        UsageError: a ratio that is not between 0 and 1.
+        PrunePeakError: a ratio so small or large that nothing would be pruned, or nothing kept.
+
+    Example:
+        >>> kept_width(1536, 0.3, 32)
+        1088
+    """
+    if not 0 < ratio < 1:
+        raise UsageError(f"ratio {ratio} is the share to prune; it must be between 0 and 1.")
+    kept = round(width * (1 - ratio) / step) * step
+    if not 0 < kept < width:
+        raise PrunePeakError(
+            f"ratio {ratio} of {width} neurons, in multiples of {step}, would "
+            f"{'keep none' if kept == 0 else 'prune none'}. Choose another ratio, or a smaller --multiple-of."
+        )
+    return kept

@@ -1,0 +1,1 @@
+"""What can be pruned, and what pruning it means."""

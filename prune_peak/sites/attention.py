@@ -1,0 +1,100 @@
+"""Attention: whole heads are deleted (as many of every KV group), or whole KV groups."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import PrunePeakError
+from ..models.families import Attention as Modules
+from ..models.families import Family
+from ..options import GROUP, NEURON
+from .site import NOBODY, Site, SiteKind, Slice, measure_projection, rows_of
+
+
+class Attention(SiteKind):
+    """The attention of a block."""
+
+    label: ClassVar[str] = "attention"
+
+    def applies(self, unit: str, keep_shape: bool) -> bool:
+        return unit != NEURON and not keep_shape
+
+    def check(self, model: PreTrainedModel, family: Family) -> None:
+        if family.attention is None or not family.attention.heads_prunable:
+            instead = "" if family.attention is None else ", or fold it in place at the same size (--keep-shape)"
+            raise PrunePeakError(
+                f"no stock class supports fewer heads for the family {family.model_type}, so pruning them would save "
+                f"nothing. Prune its MLP (--sites mlp){instead}."
+            )
+
+    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
+        attention = modules_of(family)
+        name = f"{block}.{attention.output_projection}"
+        neurons, hidden, transposed = measure_projection(model, name)
+        groups, each, head_dim = heads = measure_heads(model, attention, block)
+        whole_groups = unit == GROUP or each == 1
+        query, key, value = (f"{block}.{part}" for part in (attention.query, attention.key, attention.value))
+        slices = {f"{name}.weight": Slice(0 if transposed else 1)}
+        if attention.key == attention.query:
+            slices |= rows_of(model, query, _owners(heads, whole_groups, attention.grouped_qkv))
+        else:
+            slices |= rows_of(model, query) | (rows_of(model, key) | rows_of(model, value) if whole_groups else {})
+        if whole_groups:
+            state = model.state_dict()
+            tables = [f"{block}.{table}" for table in attention.per_head_parameters]
+            slices |= {table: Slice(1) for table in tables if table in state}
+        return Site(
+            self,
+            index,
+            name,
+            neurons,
+            hidden,
+            transposed,
+            slices,
+            folded_into=f"{name}.bias",
+            bias_key=attention.bias_key,
+            unit=neurons // groups if whole_groups else head_dim,
+            groups=1 if whole_groups else groups,
+            config_values={
+                "num_attention_heads": groups * each,
+                "num_key_value_heads": groups,
+                "head_dim": head_dim,
+            },
+            scaled_keys=frozenset({"num_attention_heads"} | ({"num_key_value_heads"} if whole_groups else set())),
+            heads=heads,
+        )
+
+    def step(self, site: Site, multiple_of: int | None) -> int:
+        return site.unit * site.groups
+
+
+def modules_of(family: Family) -> Modules:
+    """The module names of the family's attention."""
+    assert family.attention is not None
+    return family.attention
+
+
+def measure_heads(model: PreTrainedModel, attention: Modules, block: str) -> tuple[int, int, int]:
+    """KV groups, heads per group, neurons per head."""
+    heads = model.config.num_attention_heads
+    neurons, _, _ = measure_projection(model, f"{block}.{attention.output_projection}")
+    head_dim = neurons // heads
+    weight = f"{block}.{attention.key}.weight"
+    rows = model.get_parameter(weight).shape[rows_of(model, f"{block}.{attention.key}")[weight].axis] // head_dim
+    groups = (rows - heads) // 2 if attention.key == attention.query else rows
+    return groups, heads // groups, head_dim
+
+
+def _owners(heads: tuple[int, int, int], whole_groups: bool, grouped: bool) -> Tensor:
+    """The unit of each row of a fused query-key-value projection: (rows,)."""
+    groups, each, head_dim = heads
+    if whole_groups:
+        queries = torch.arange(groups)[:, None].expand(groups, each)
+        keys = torch.arange(groups)[:, None]
+    else:
+        queries, keys = torch.arange(groups * each).view(groups, each), torch.full((groups, 1), NOBODY)
+    parts = [queries, keys, keys]
+    units = torch.cat(parts, dim=1).flatten() if grouped else torch.cat([part.flatten() for part in parts])
+    return units.repeat_interleave(head_dim)

@@ -1,0 +1,208 @@
+"""Site: the tensors and axes that are pruned together; SiteKind: what pruning them means."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import PrunePeakError
+from ..models.families import Family
+from ..models.loading import Model
+from .folding import cut, fold
+from .hooks import held
+from .plan import SitePlan
+
+NOBODY = -1  # owner of the rows of a fused tensor that always stay
+
+Tensors = dict[str, Tensor]  # by their names in the class
+
+
+class Slice(NamedTuple):
+    """An axis of a tensor that the units of a site divide: evenly, or as `owners` says, the unit of every index."""
+
+    axis: int
+    owners: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One output projection and the neurons it reads.
+
+    Neurons are pruned in units (a head, a KV group, or a single neuron of an MLP). Each of `groups` equal parts loses
+    the same number of units, so that the rest has the regular shape that stock classes support.
+    """
+
+    kind: "SiteKind"
+    block: int  # the number of blocks, for what follows them
+    name: str  # path of the output projection, as `model.get_submodule` takes it
+    neurons: int
+    hidden: int
+    transposed: bool  # the output projection is a Conv1D, stored as (neurons, hidden)
+    slices: Mapping[str, Slice]  # by tensor
+    folded_into: str | None  # the bias that takes the constants; None where the written class has none
+    bias_key: str | None = None  # the config key that opens this bias
+    unit: int = 1
+    groups: int = 1
+    config_values: Mapping[str, int] = field(default_factory=dict)  # widths and counts in the config
+    scaled_keys: frozenset[str] = frozenset()  # those of them that scale with the neurons
+    heads: tuple[int, int, int] = (1, 1, 1)  # KV groups, heads per group, neurons per head
+    observed_outputs: tuple[str, ...] = ()  # modules whose outputs are measured, besides the neurons
+
+    @property
+    def label(self) -> str:
+        """The kind of site in options, recipe and tables: mlp, attention."""
+        return self.kind.label
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        return f"{self.name}.bias"
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight of the output projection as (hidden, neurons), and back."""
+        return weight.T if self.transposed else weight
+
+    def read_projection(self, model: Model) -> tuple[Tensor, Tensor | None]:
+        """The weight, (hidden, neurons), and the bias, (hidden,), of the output projection."""
+        bias = model.read(self.bias) if self.bias in model.names else None
+        return self.as_matrix(model.read(self.weight)), bias
+
+    def hold(self, model: nn.Module, plan: SitePlan) -> AbstractContextManager[Any]:
+        """Within the context, the original computes what the pruned checkpoint must compute."""
+        return self.kind.hold(model, self, plan)
+
+    def rows(self, name: str, keep: Tensor, size: int) -> Tensor:
+        """The kept indices of a tensor along its axis of `size`.
+
+        With a KV group of three heads as the unit, keys and values have a third of the rows of the neurons.
+        """
+        owners = self.slices[name].owners
+        if owners is not None:
+            return (torch.isin(owners, keep // self.unit) | (owners == NOBODY)).nonzero()[:, 0]
+        each = size * self.unit // self.neurons
+        units = keep[:: self.unit] // self.unit
+        return (units[:, None] * each + torch.arange(each)).flatten()
+
+
+class SiteKind(ABC):
+    """A kind of site.
+
+    `prune` is what is written, `hold` is the reference: the original with the pruned neurons held at their constants
+    (or removed, and the output projection replaced by the refitted one). Both must compute the same function.
+    """
+
+    label: ClassVar[str]
+    deletes: ClassVar[bool] = True  # otherwise weights become zero, and nothing is saved
+
+    def applies(self, unit: str, keep_shape: bool) -> bool:
+        """Whether this kind prunes its part of a model under these options."""
+        return not keep_shape
+
+    def check(self, model: PreTrainedModel, family: Family) -> None:  # noqa: B027 - most kinds refuse nothing
+        """Refuse a model whose sites of this kind cannot be pruned.
+
+        Raises:
+            PrunePeakError, UsageError: with the reason.
+        """
+
+    @abstractmethod
+    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
+        """The site in the block at this path."""
+
+    @abstractmethod
+    def step(self, site: Site, multiple_of: int | None) -> int:
+        """The number of neurons by which the site becomes narrower."""
+
+    def config(self, site: Site, kept: int) -> dict[str, int]:
+        """The config values of the smaller shape."""
+        return {
+            key: value * kept // site.neurons if key in site.scaled_keys else value
+            for key, value in site.config_values.items()
+        }
+
+    def size(self, site: Site, name: str, size: int, kept: int) -> int:
+        """The size of a tensor's axis with `kept` neurons."""
+        owners = site.slices[name].owners
+        staying = 0 if owners is None else int((owners == NOBODY).sum())
+        return staying + (size - staying) * kept // site.neurons
+
+    def complete(
+        self, site: Site, plan: SitePlan, outputs: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[SitePlan, float | None]:
+        """What the plan needs besides kept neurons and refit, and the share of the attention scores' variance lost.
+
+        Args:
+            outputs: mean and covariance of each of `site.observed_outputs`.
+        """
+        return plan, None
+
+    def fits(self, site: Site, plan: SitePlan) -> bool:
+        """Whether a plan from a file has the parts that this kind needs."""
+        return plan.low_rank is None
+
+    def prune(self, tensors: Mapping[str, Tensor], site: Site, plan: SitePlan) -> Tensors:
+        """The tensors of a block, pruned. What changes is float32."""
+        pruned = dict(tensors)
+        weight, bias = site.as_matrix(tensors[site.weight]), tensors.get(site.bias)
+        for name, tensor in tensors.items():
+            if name in site.slices:
+                pruned[name] = self.prune_tensor(site, name, tensor, plan)
+        if plan.weight is not None:
+            pruned[site.weight] = site.as_matrix(self.expand(site, plan.weight, plan.keep))
+        constant = fold(weight, bias, plan.fill, plan.keep) if plan.bias is None else plan.bias
+        if site.folded_into == site.bias:
+            pruned[site.bias] = constant
+        elif site.folded_into is not None:
+            pruned[site.folded_into] = constant + tensors.get(site.folded_into, torch.zeros(())).float()
+        return pruned
+
+    def prune_tensor(self, site: Site, name: str, tensor: Tensor, plan: SitePlan) -> Tensor:
+        """One tensor of `site.slices`."""
+        axis = site.slices[name].axis
+        return cut(tensor, site.rows(name, plan.keep, tensor.shape[axis]), axis)
+
+    def expand(self, site: Site, weight: Tensor, keep: Tensor) -> Tensor:
+        """A refitted weight, (hidden, kept), in the written shape."""
+        return weight
+
+    def reduce(self, weight: Tensor, keep: Tensor) -> Tensor:
+        """A written weight as the refitted one, (hidden, kept)."""
+        return weight
+
+    def hold(self, model: nn.Module, site: Site, plan: SitePlan) -> AbstractContextManager[Any]:
+        """Within the context, the original computes what the pruned checkpoint must compute."""
+        return held(model.get_submodule(site.name), plan)
+
+
+def measure_projection(model: PreTrainedModel, name: str) -> tuple[int, int, bool]:
+    """Neurons, hidden size, and whether the output projection is a Conv1D.
+
+    Raises:
+        PrunePeakError: the model has no such module.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise PrunePeakError(
+            f"this {model.config.model_type} has no {name}; its blocks differ from those of the family."
+        ) from None
+    assert isinstance(module.weight, nn.Parameter)
+    transposed = isinstance(module, Conv1D)
+    neurons, hidden = module.weight.shape if transposed else module.weight.shape[::-1]
+    return neurons, hidden, transposed
+
+
+def rows_of(model: PreTrainedModel, name: str, owners: Tensor | None = None) -> dict[str, Slice]:
+    """The tensors of an input projection, with their axis of neurons."""
+    module = model.get_submodule(name)
+    slices = {f"{name}.weight": Slice(1 if isinstance(module, Conv1D) else 0, owners)}
+    return slices if module.bias is None else slices | {f"{name}.bias": Slice(0, owners)}

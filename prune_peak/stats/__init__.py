@@ -1,0 +1,1 @@
+"""Statistics of activations, measured block by block."""

@@ -1,0 +1,239 @@
+"""Statistics of a model's sites over batches of calibration, block by block."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data.windows import into_batches
+from ..errors import PrunePeakError
+from ..models.execution import ExecutionConfig
+from ..models.loading import IMAGES, Model, open_model
+from ..models.streaming import Batch, BlockRun, BlockStream
+from ..sites.site import Site
+from .covariance import ActivationBuffer, GramAccumulator, Moments, SplitGram
+from .distributed import ALONE, ProcessGroup, current
+from .histogram import Stats
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """The statistics of one site."""
+
+    site: Site
+    stats: Stats
+    accumulator: SplitGram | ActivationBuffer | None = None  # for the refit
+    power: float | None = None  # for the refit: squared norm of a hidden state after the block, median over tokens
+    outputs: tuple[Moments, ...] = ()  # of the observed outputs of the site
+
+
+class Observer:
+    """Measures one site while its block runs; a subclass gathers statistics in `add`."""
+
+    def __init__(self, site: Site, stats: Stats) -> None:
+        self.site = site
+        self.stats = stats
+
+    def start_batch(self, number: int) -> None:
+        """Called before each batch runs."""
+
+    def add(self, neurons: Tensor) -> None:
+        """Called with each input of the output projection, (..., neurons)."""
+        raise NotImplementedError
+
+    def add_output(self, name: str, output: Tensor) -> None:
+        """Called with each of the site's observed outputs."""
+
+    def reduce(self) -> None:
+        """Combine the statistics of all processes."""
+
+
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
+
+
+@contextmanager
+def observe_inputs(output_projection: nn.Module, callback: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `callback` with each input of an output projection, (..., neurons)."""
+    handle = output_projection.register_forward_pre_hook(lambda _, args: callback(args[0].cpu()))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def observe_blocks(
+    stream: BlockStream, sites: Sequence[Site], create: Callable[[Site, BlockRun], AnyObserver], description: str
+) -> Iterator[tuple[BlockRun, list[AnyObserver]]]:
+    """Run all blocks up to the last one that has a site; yield each with the observers of its sites.
+
+    Raises:
+        PrunePeakError: activations that are not finite.
+    """
+    count = min(max(site.block for site in sites) + 1, stream.blocks)
+    for step in tqdm(islice(stream.steps(), count), total=count, desc=description, unit="block"):
+        observers = [create(site, step) for site in sites if site.block == step.index]
+        _observe(stream, observers, step.run())
+        yield step, observers
+
+
+def _observe(stream: BlockStream, observers: Sequence[Observer], batches: Iterator[int]) -> None:
+    """Run the batches with hooks on the observers' sites, then combine and check the statistics."""
+    with ExitStack() as hooks:
+        for observer in observers:
+            hooks.enter_context(observe_inputs(stream.model.get_submodule(observer.site.name), observer.add))
+            for name in observer.site.observed_outputs:
+                module, add = stream.model.get_submodule(name), partial(observer.add_output, name)
+                handle = module.register_forward_hook(lambda _, args, output, add=add: add(output.cpu()))
+                hooks.callback(handle.remove)
+        for number in batches:
+            for observer in observers:
+                observer.start_batch(number)
+    for observer in observers:
+        observer.reduce()
+        if not bool(torch.isfinite(observer.stats.square_sum).all()):
+            raise PrunePeakError(
+                f"{observer.site.name} of {stream.source.name} has activations that are not finite in {stream.dtype}. "
+                "Pass --dtype float32, or check the checkpoint."
+            )
+
+
+class SiteObserver(Observer):
+    """Gathers the statistics of one site; `tokens` are the counts of all ranks, `masks` those of all batches."""
+
+    def __init__(
+        self,
+        site: Site,
+        tokens: Sequence[int],
+        for_refit: bool,
+        group: ProcessGroup = ALONE,
+        masks: Sequence[Tensor | None] = (),
+    ) -> None:
+        super().__init__(site, Stats(site.neurons, sum(tokens), sum(tokens[: group.rank])))
+        self.accumulator: SplitGram | ActivationBuffer | None = None
+        self.outputs: dict[str, GramAccumulator] = {}  # of queries and keys
+        self._has_few_tokens = sum(tokens) < site.neurons
+        self._for_refit = for_refit
+        self._group, self._masks = group, masks
+        self._mask: Tensor | None = None  # of the batch that runs
+
+    def start_batch(self, number: int) -> None:
+        self._mask = self._masks[number] if self._masks else None
+
+    def add_output(self, name: str, output: Tensor) -> None:
+        flat = output.reshape(-1, self.site.neurons)
+        if name not in self.outputs:
+            self.outputs[name] = GramAccumulator(self._group.broadcast(flat.float().mean(0)))
+        self.outputs[name].add(flat)
+
+    def add(self, neurons: Tensor) -> None:
+        flat = neurons.reshape(-1, self.site.neurons)
+        flat = flat if self._mask is None else flat[self._mask.bool().view(-1)]
+        if self.stats.count == 0:
+            self.stats.begin(flat, self._group)
+        self.stats.add(flat)
+        if self._for_refit:
+            if self.accumulator is None:
+                self.accumulator = ActivationBuffer() if self._has_few_tokens else SplitGram(self.stats.pivot)
+            self.accumulator.add(flat)
+
+    def reduce(self) -> None:
+        for part in (self.stats, self.accumulator, *self.outputs.values()):
+            if part is not None:
+                part.reduce(self._group)
+
+    def site_stats(self, power: float | None = None) -> SiteStats:
+        moments = tuple(self.outputs[name].moments() for name in self.site.observed_outputs)
+        return SiteStats(self.site, self.stats, self.accumulator, power, moments)
+
+
+def collect(
+    source: Model,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    for_refit: bool = False,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
+    group: ProcessGroup = ALONE,
+) -> Iterator[SiteStats]:
+    """Statistics of every site over the batches, one block at a time; padding is not counted.
+
+    Each process of a group runs its share of the batches, and all yield the statistics over all batches. The held-out
+    tokens are a part of every batch, so they do not depend on the number of processes.
+
+    Raises:
+        PrunePeakError: activations that are not finite, or fewer batches than processes.
+    """
+    if not sites:
+        return
+    if len(batches) < group.world_size:
+        raise PrunePeakError(
+            f"{group.world_size} processes cannot share {len(batches)} batches of calibration; start fewer processes, "
+            "or pass more --samples."
+        )
+    batches = batches[group.share(len(batches))]
+    masks = [batch.get("attention_mask") for batch in batches]
+    stream = BlockStream(source, batches, dtype, execution)
+
+    def create(site: Site, step: BlockRun) -> SiteObserver:
+        counts = (n if mask is None else int(mask.sum()) for n, mask in zip(step.tokens, masks, strict=True))
+        return SiteObserver(site, group.gather(sum(counts)), for_refit, group, masks)
+
+    power = None
+    for step, observers in observe_blocks(stream, sites, create, "calibrate"):
+        if for_refit:  # the median, because a few tokens have a far larger norm
+            power = torch.cat(group.gather(step.powers())).median().item()
+        for observer in observers:
+            yield observer.site_stats(power)
+    after_blocks = [site for site in sites if site.block == stream.blocks]  # of the pooling head
+    if after_blocks:
+        images = group.gather(sum(len(batch[IMAGES]) for batch in batches))
+        observers = [SiteObserver(site, images, for_refit, group) for site in after_blocks]
+        _observe(stream, observers, (number for number, _ in enumerate(stream.outputs())))
+        for observer in observers:
+            yield observer.site_stats(power)
+
+
+@dataclass(frozen=True)
+class CollectionRequest:
+    """What all processes are to collect."""
+
+    model: str
+    revision: str | None
+    sites: Sequence[Site]
+    windows: Tensor
+    dtype: torch.dtype
+    for_refit: bool
+    execution: ExecutionConfig
+
+    def run(self, source: Model, group: ProcessGroup) -> Iterator[SiteStats]:
+        batches = into_batches(self.windows, self.execution.batch_tokens)
+        return collect(source, self.sites, batches, self.dtype, self.for_refit, self.execution, group)
+
+
+def collect_together(
+    source: Model,
+    sites: Sequence[Site],
+    windows: Tensor,
+    dtype: torch.dtype,
+    for_refit: bool,
+    execution: ExecutionConfig,
+) -> Iterator[SiteStats]:
+    """`collect` over windows, shared between all processes that torchrun started; rank 0 calls this."""
+    group = current()
+    request = CollectionRequest(source.name, source.revision, sites, windows, dtype, for_refit, execution)
+    if sites:
+        group.broadcast(request)
+    yield from request.run(source, group)
+
+
+def run_worker(group: ProcessGroup) -> None:
+    """Take part in every collection of rank 0, until it broadcasts None."""
+    while (request := group.broadcast()) is not None:
+        for _ in request.run(open_model(request.model, request.revision), group):
+            pass

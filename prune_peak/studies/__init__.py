@@ -1,0 +1,1 @@
+"""Experiments: they measure a model and write no checkpoint."""

@@ -1,0 +1,95 @@
+"""Calibration and evaluation data of a study; the two never overlap."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..data.images import choose_images
+from ..data.sampling import split_windows
+from ..data.windows import window_length
+from ..errors import PrunePeakError
+from ..evaluation.quality import EvalSet, build_eval_set, build_given_eval_set, is_evaluable
+from ..models.loading import IMAGES, Model
+from ..options import SELF, AblateOptions
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Windows (or images) to calibrate on, and an evaluation set of others."""
+
+    source: str  # the name of the calibration data
+    calibration: Tensor  # (windows, length) int64; or (images, channels, height, width) float32
+    eval_set: EvalSet
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of both parts."""
+        inputs = [part for batch in self.eval_set.batches for part in batch.values()]
+        return {
+            "calibration_digest": _digest([self.calibration]),
+            "evaluation_digest": _digest([*inputs, *self.eval_set.targets]),
+        }
+
+
+def load_study_data(model: Model, options: AblateOptions) -> StudyData:
+    """The data of a study.
+
+    Raises:
+        PrunePeakError: too little data, or a model that cannot be evaluated on it.
+    """
+    windows = options.windows or options.samples
+    if model.sees_images:
+        if options.data is None:
+            raise PrunePeakError(f"{model.name} takes images: pass a folder of labelled images with --data.")
+        return _load_images(model, options.calibration, options.data, options.samples, windows, options.seed)
+    if not is_evaluable(model):
+        raise PrunePeakError(
+            f"{model.name} is a {model.model_class.__name__}, which predicts nothing that can be scored."
+        )
+    length = window_length(model, options.sequence_length)
+
+    def split(names: Sequence[str]) -> tuple[str, Tensor, Tensor]:
+        share = (-(-options.samples // len(names)), -(-windows // len(names)))
+        parts = [split_windows(model, name, *share, length, options.seed) for name in names]
+        measured, scored = (torch.cat([getattr(part, kind) for part in parts]) for kind in ("calibration", "held_out"))
+        return " and ".join(part.source for part in parts), measured[: options.samples], scored[:windows]
+
+    name, calibration, held_out = split(options.calibration)
+    evaluated = name
+    if options.data is not None:
+        evaluated, _, held_out = split(options.data)
+    return StudyData(name, calibration, build_eval_set(model, held_out, evaluated))
+
+
+def _load_images(
+    model: Model, calibration: Sequence[str], folders: Sequence[str], samples: int, windows: int, seed: int
+) -> StudyData:
+    """Without calibration data, images of the labelled folders that are not evaluated calibrate."""
+    eval_set = build_given_eval_set(model, folders, 0)
+    pixels, targets = torch.cat([batch[IMAGES] for batch in eval_set.batches]), torch.cat(list(eval_set.targets))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    if tuple(calibration) == (SELF,):
+        samples = min(samples, len(pixels) // 2)
+        name, measured, order = eval_set.text, pixels[order[:samples].sort().values], order[samples:]
+    else:
+        chosen = [choose_images(data, model, samples, seed) for data in calibration]
+        name = " and ".join(part.source for part in chosen)
+        measured = torch.cat([part.calibration for part in chosen])[:samples]
+        known = {_digest([image]) for image in measured}
+        order = torch.tensor([number for number in order.tolist() if _digest([pixels[number]]) not in known])
+    if not len(order) or not len(measured):
+        raise PrunePeakError(
+            f"{' and '.join(folders)} has no image left for evaluation besides the calibration; add some."
+        )
+    rest = order[:windows].sort().values
+    return StudyData(name, measured, replace(eval_set, batches=[{IMAGES: pixels[rest]}], targets=[targets[rest]]))
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,206 @@
+"""Options stand once: command line, Python, recipe, card and statistics file take them from options.py."""
+
+import inspect
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from conftest import EXAMPLES
+
+import prune_peak
+from prune_peak import options
+from prune_peak.cli.main import main
+from prune_peak.conversion.classes import OUTPUT_CLASSES, register
+from prune_peak.export.card import reproduce
+from prune_peak.models.families import FAMILIES, Family
+from prune_peak.option_fields import Options, flag
+from prune_peak.options import FILLS, FORMATS, SCORES, CalibrationOptions, CompressOptions
+from prune_peak.pruning import scores
+from prune_peak.pruning.scores import Candidates
+
+MODEL = EXAMPLES / "llama-mini"
+FEW = {"samples": 4, "sequence_length": 64}
+DOCS = EXAMPLES.parent / "docs" / "cli.md"
+# command: the options of the function behind it
+COMMANDS: dict[str, type[Options]] = {
+    "ablate": options.AblateOptions,
+    "analyze": options.AnalyzeOptions,
+    "calibrate": options.CalibrateOptions,
+    "compress": options.CompressCommand,
+    "evaluate": options.EvaluateCommand,
+    "export": options.ExportOptions,
+    "inspect": options.InspectOptions,
+    "push": options.PushOptions,
+    "verify": options.VerifyOptions,
+}
+FUNCTIONS = {
+    "ablate": options.AblateOptions,
+    "analyze": options.AnalyzeOptions,
+    "calibrate": options.CalibrateOptions,
+    "compress": options.CompressOptions,
+    "evaluate": options.EvaluateOptions,
+    "export_model": options.ExportOptions,
+    "inspect": options.InspectOptions,
+    "push": options.PushOptions,
+}
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def describe_commands() -> str:
+    """Every command with its help."""
+    parts = ["# Commands\n\nMade from `prune-peak COMMAND --help` by `make docs-generated`.\n"]
+    for name in ("", *sorted(main.commands)):
+        result = CliRunner().invoke(main, [*name.split(), "--help"], prog_name="prune-peak", terminal_width=100)
+        assert result.exit_code == 0
+        parts.append(f"## prune-peak {name}".rstrip() + f"\n\n```\n{result.output.rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def test_command_reference(request: pytest.FixtureRequest) -> None:
+    """`make docs-generated` writes it."""
+    if request.config.getoption("--write-docs"):
+        DOCS.write_text(describe_commands())
+    assert DOCS.read_text() == describe_commands(), "run `make docs-generated`"
+
+
+def test_every_command_has_its_options() -> None:
+    assert main.commands.keys() == COMMANDS.keys()
+    for name, kind in COMMANDS.items():
+        parameters = {part.name for part in main.commands[name].params}
+        assert {item.name for item in fields(kind)} <= parameters, name
+        summary = main.commands[name].get_short_help_str(70)
+        assert summary.endswith(".")
+        assert "..." not in summary
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_python_has_the_same_options(name: str) -> None:
+    function = getattr(prune_peak, name)
+    parameters = inspect.signature(function).parameters
+    for item in fields(FUNCTIONS[name]):
+        assert item.name in parameters
+        if item.default is not MISSING and parameters[item.name].kind is inspect.Parameter.KEYWORD_ONLY:
+            assert parameters[item.name].default == item.default
+        assert f"{item.name}: {item.metadata['help']}" in function.__doc__
+
+
+def test_recipe_card_and_statistics_take_the_names_of_the_options(tmp_path: Path, text: Path) -> None:
+    prune_peak.compress(MODEL, 0.3, tmp_path / "pruned", calibration=str(text), **FEW)
+    recipe = json.loads((tmp_path / "pruned" / "prune_peak.json").read_text())
+    names = {item.name for item in fields(CompressOptions)}
+    assert recipe["options"].keys() == names - {"output", "stats", "revision", "force"}
+    known = {name for part in main.commands["compress"].params for name in (*part.opts, *part.secondary_opts)}
+    words = reproduce(recipe).replace("\\\n", " ").split()
+    assert words[:3] == ["prune-peak", "compress", "llama-mini"]
+    assert {word for word in words if word.startswith("--")} <= known
+    assert "--ratio" in words
+    statistics = prune_peak.calibrate(MODEL, tmp_path / "model.stats", calibration=str(text), **FEW)
+    assert statistics.options.keys() == {item.name for item in fields(CalibrationOptions)} - {"revision"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--samples", 0], "--samples 0: expected at least 1"),
+        (["--sequence-length", 1], "--sequence-length 1: expected at least 2"),
+        (["--multiple-of", 0], "--multiple-of 0: expected at least 1"),
+        (["--no-refit", "--score", "elimination"], "requires the refit"),
+        (["--output", MODEL], "contains the model itself"),
+        (["--no-refit", "--stats", "PLAIN", "--sites", "mlp,attention", "--target-params", 0.8], "no covariances"),
+        (["--stats", "PLAIN"], "no covariances"),
+        (["--evaluate", "none.txt"], "not a readable UTF-8 text"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value[:2])),
+)
+def test_dry_run_refuses_what_compress_refuses(
+    words: list[object], expected: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "PLAIN" in words:
+        assert run("calibrate", MODEL, "--output", "PLAIN", "--calibration", text, "--samples", 4).exit_code == 0
+    common = ["compress", MODEL, "--calibration", text, *words]
+    common += [] if "--target-params" in words else ["--ratio", 0.3]
+    results = [run(*common, *more) for more in ([], ["--dry-run"])]
+    assert results[0].exit_code == results[1].exit_code in (1, 2)
+    assert all(expected in result.stderr for result in results)
+
+
+def test_model_is_an_argument_or_an_option() -> None:
+    by_place, by_name = run("inspect", MODEL), run("inspect", "--model", MODEL)
+    assert by_place.exit_code == by_name.exit_code == 0
+    assert by_place.stdout == by_name.stdout
+    for words in (["inspect"], ["inspect", MODEL, "--model", MODEL], ["evaluate", "--data", "text.txt"]):
+        refused = run(*words)
+        assert refused.exit_code == 2
+        assert "expected" in refused.stderr
+
+
+def test_registered_score(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "SCORES", SCORES)  # restored with what is registered below
+    monkeypatch.setitem(SCORES, "last", None)
+
+    @scores.register("last")
+    def last(neurons: Candidates) -> Any:
+        return -neurons.summary.mean.new_ones(neurons.site.neurons).cumsum(0)
+
+    assert "last" in run("compress", "--help").output
+    words = ("--score", "last", "--no-refit", "--calibration", text, "--samples", 4, "-q", "--json")
+    result = run("compress", MODEL, "--ratio", 0.3, "--output", tmp_path / "pruned", *words)
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((tmp_path / "pruned" / "prune_peak.json").read_text())
+    assert {site["score"] for site in recipe["sites"].values()} == {"last"}
+    plan = prune_peak.verification.read_plan(tmp_path / "pruned")
+    assert all(site_plan.keep.tolist() == list(range(len(site_plan.keep))) for site_plan in plan.values())
+
+
+def test_registered_fill(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILLS, "upper", lambda summary: summary.mean + summary.variance.sqrt())
+    assert "upper" in run("compress", "--help").output
+    result = prune_peak.compress(
+        MODEL, 0.3, tmp_path / "pruned", fill="upper", refit=False, calibration=str(text), **FEW
+    )
+    assert result.verification.passed
+    assert result.fills == {"upper": 3}
+
+
+def test_registered_output_class(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2 has no bias on its MLP; Cohere's place in the table is taken by a class that a test registers."""
+    monkeypatch.setitem(OUTPUT_CLASSES, "starcoder2", None)
+    monkeypatch.setitem(FAMILIES, "llama", Family(**vars(FAMILIES["llama"]) | {"output_classes": ("starcoder2",)}))
+    asked = []
+
+    @register("starcoder2")
+    def settings(config: dict[str, Any]) -> dict[str, Any]:
+        asked.append(config["num_hidden_layers"])
+        return {}
+
+    refused = run("compress", MODEL, "--ratio", 0.3, "--output-class", "starcoder2", "--calibration", text, "--dry-run")
+    assert asked
+    assert "starcoder2 does not support" in refused.stderr
+
+
+def test_registered_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "listing.py").write_text(
+        "def export(folder, file):\n    file.write_text(str(len(list(folder.iterdir()))))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(FORMATS, "listing", "listing")
+    assert "listing" in run("export", "--help").output
+    result = run("export", MODEL, tmp_path / "files.txt", "--format", "listing")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "files.txt").read_text() == str(len(list(MODEL.iterdir())))
+    assert run("export", MODEL, tmp_path / "files.txt", "--format", "listing").exit_code == 1
+    assert "'none' is not one of 'gguf'" in run("export", MODEL, tmp_path / "other", "--format", "none").stderr
+
+
+def test_flags_are_spelled_as_options() -> None:
+    for name, kind in COMMANDS.items():
+        flags = {word for part in main.commands[name].params if isinstance(part, click.Option) for word in part.opts}
+        assert {flag(item.name) for item in fields(kind)} <= flags
