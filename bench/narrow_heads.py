@@ -67,7 +67,7 @@ INTRODUCTION = """# Single neurons of attention, or whole heads
 
 `examples/vit-mini`, its attention cut by whole heads and by single neurons (`--unit neuron`), which makes every head
 narrower: value dimensions are chosen by their error, and the product of queries and keys is reduced to the same width
-by its best approximation of that rank (`prune_peak/narrowing.py`). Accuracy, and cross-entropy in nats, on {images}
+by its best approximation of that rank (`sites/low_rank.py`). Accuracy, and cross-entropy in nats, on {images}
 held-out images; uncut {accuracy:.1%} ({loss:.3f}). "Scores lost" is the share of the variance of attention scores that
 the narrower queries and keys cannot give, the median of the blocks. Calibrated on 100 images, float32; every folder was
 verified and loads with stock transformers. A model of images of 8 x 8 pixels uses few directions of its heads, so

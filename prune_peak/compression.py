@@ -15,6 +15,7 @@ from .export.card import write_card
 from .export.folder import FolderWriter
 from .export.recipe import RECIPE_FILE, Size, describe_run, describe_sites, measure_size, write_json
 from .export.resume import ResumableRun
+from .export.tokenizer import keep_tokenizer
 from .job import Job, prepare
 from .models.loading import Model, open_model
 from .option_fields import takes
@@ -77,6 +78,7 @@ def compress(
         run.require_unchanged("calibration", calibration.windows.digest)
         conversion = _choose_conversion(job, calibration, run)
         results, digests = _write_pruned(job, conversion, calibration, run)
+        keep_tokenizer(job.source, conversion, run.checkpoint)
         _warn_few_tokens(job, results)
         written = open_model(str(run.checkpoint))
         quality = _evaluate_both(job, written, calibration)

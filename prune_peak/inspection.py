@@ -13,11 +13,11 @@ import torch
 from .conversion.choice import choose_conversion
 from .conversion.classes import ENGINES
 from .data.self_generated import PASSAGES, generate_tokens
-from .data.windows import into_batches
+from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
 from .job import Job, convert, plan_widths, prepare
 from .models.families import FAMILIES, find_blocks
-from .models.loading import ModelSpec, open_model_spec
+from .models.loading import Model, ModelSpec, count_patches, open_model_spec
 from .models.streaming import BlockStream
 from .option_fields import takes
 from .options import Budget, CompressOptions, InspectOptions, Ratio
@@ -182,18 +182,42 @@ def estimate(model: str, ratio: Ratio | None = None, **options: Any) -> tuple[In
         {options}
 
     Raises:
-        PrunePeakError: whatever `compress` would refuse before it starts.
+        PrunePeakError: options, a model, statistics or a memory budget that `compress` would refuse. The output folder
+            and the calibration data are not checked.
     """
     job = prepare(model, CompressOptions(ratio=ratio, **options))
     inspection = _inspect(job.source, job.options, job.options.output_class)
-    seconds = START_SECONDS + _time_block(job, inspection.share) * inspection.blocks
+    pruning, forward = _time_block(job)
+    head = forward * _head_share(job.source)
+    seconds = START_SECONDS + pruning * inspection.blocks
+    seconds += (forward * inspection.blocks + head) * (
+        _evaluated_tokens(job) * (2 - inspection.share) + VERIFIED_TOKENS
+    )
     if job.workload.samples_text:
-        seconds += _time_sampling(job) * job.workload.tokens
+        seconds += _time_sampling(job) * job.workload.length * own_samples(job.options.samples, job.options.calibration)
     return inspection, Cost(round(seconds / 60, 2), job.execution.needed, inspection.bytes_after)
 
 
-def _time_block(job: Job, share: float) -> float:
-    """Seconds of one block: statistics, planning, evaluation before and after, verification."""
+def _head_share(source: Model) -> float:
+    """The time of the head, in blocks, by the parameters of both; images have classes only."""
+    if source.sees_images:
+        return 0.0
+    block = find_blocks(source.meta_model, source.family)[0]
+    embedding: int = source.meta_model.get_input_embeddings().weight.numel()
+    return embedding / sum(parameter.numel() for parameter in block.parameters())
+
+
+def _evaluated_tokens(job: Job) -> int:
+    """Tokens (or patches) of the evaluation set."""
+    if job.eval_set is not None:
+        windows = sum(len(targets) for targets in job.eval_set.targets)
+    else:
+        windows = 0 if job.source.sees_images else held_out_count(job.options.samples)
+    return windows * (count_patches(job.source) if job.source.sees_images else job.workload.length)
+
+
+def _time_block(job: Job) -> tuple[float, float]:
+    """Seconds to measure and plan one block, and seconds of its forward pass per token."""
     source, execution, workload = job.source, job.execution, job.workload
     calibration = job.calibrate() if job.statistics or source.sees_images else None
     if calibration is not None:
@@ -219,8 +243,7 @@ def _time_block(job: Job, share: float) -> float:
     planned = _seconds(lambda: [plan_site(source, each, widths[each.site.name], job.options) for each in pruned])
     if job.statistics is None:
         observed *= workload.tokens / tokens * (2 if len(job.allocations) > 1 else 1)  # allocations are measured first
-    evaluated = workload.tokens / 12 * (2 - share) + VERIFIED_TOKENS
-    return observed + planned + bare * evaluated
+    return observed + planned, bare
 
 
 def _time_sampling(job: Job) -> float:

@@ -12,6 +12,7 @@ from .data.windows import name_data
 from .errors import UsageError
 from .evaluation.quality import EvalSet, build_given_eval_set
 from .export.recipe import VERSIONS
+from .export.tokenizer import check_tokenizer
 from .memory import Workload, estimate_workload, plan_execution
 from .models.execution import ExecutionConfig
 from .models.loading import Model, ModelSpec, open_model
@@ -93,6 +94,7 @@ def prepare(model: str, options: CompressOptions) -> Job:
         raise UsageError(f"--output {folder} contains the model itself; choose another.")
     execution = plan_execution(source, workload, options.max_memory, options.device)
     conversion = convert(source, sites, allocations[0], options.output_class)
+    check_tokenizer(source, conversion)
     if conversion.zero_filled:
         _warn_zero_fill(conversion, options.refit)
     return Job(options, source, folder, sites, allocations, conversion, statistics, eval_set, workload, execution)

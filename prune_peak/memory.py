@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from .data.self_generated import cache_path
-from .data.windows import BATCH_IMAGES, held_out_count, window_length
+from .data.windows import BATCH_IMAGES, held_out_count, own_samples, window_length
 from .errors import PrunePeakError
 from .models.bfloat16 import factor_type
 from .models.execution import BATCH_TOKENS, DTYPES, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
 from .models.families import find_blocks
 from .models.loading import Model, count_patches
-from .options import PROCESSOR, SELF, CalibrationOptions
+from .options import PROCESSOR, CalibrationOptions
 from .sites.site import Site
 
 BASE_MEMORY = 600_000_000  # bytes of a process after importing torch and transformers and drawing a figure
@@ -156,6 +156,6 @@ def estimate_workload(source: Model, sites: Sequence[Site], options: Calibration
         patches = count_patches(source)
         return Workload(sites, samples * patches, min(samples, BATCH_IMAGES) * patches, for_refit, compute)
     length = window_length(source, options.sequence_length)
-    cached = cache_path(source, samples + held_out_count(samples), length, options.seed)
-    samples_text = SELF in options.calibration and not cached.is_file()
-    return Workload(sites, samples * length, length, for_refit, compute, samples_text)
+    own = own_samples(options.samples, options.calibration)
+    cached = own > 0 and cache_path(source, own + held_out_count(own), length, options.seed).is_file()
+    return Workload(sites, samples * length, length, for_refit, compute, own > 0 and not cached)

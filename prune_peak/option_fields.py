@@ -49,9 +49,11 @@ class Options:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(item.default, tuple) or item.metadata["parse"] in ("data", "names"):
-                value = (value,) if isinstance(value, str | Path) else value
+                value = (value,) if isinstance(value, str | Path | int | float) else value
                 value = None if value is None else tuple(str(v) if isinstance(v, Path) else v for v in value)
                 object.__setattr__(self, item.name, value)
+                if value == () and item.metadata["parse"] == "data":
+                    raise UsageError(f"{flag(item.name)}: expected at least one data set.")
             _check(item, value)
 
 
@@ -62,9 +64,9 @@ def _check(item: "Field[Any]", value: Any) -> None:
             continue
         if choices is not None and part not in choices():
             raise UsageError(f"{flag(item.name)} {part}: expected one of {', '.join(choices())}.")
-        if least is not None and part < least:
+        if least is not None and not part >= least:  # NaN is refused
             raise UsageError(f"{flag(item.name)} {part}: expected at least {least}.")
-        if most is not None and part > most:
+        if most is not None and not part <= most:
             raise UsageError(f"{flag(item.name)} {part}: expected at most {most}.")
 
 

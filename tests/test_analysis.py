@@ -110,6 +110,12 @@ def test_the_command_prints_tables(text: Path, tmp_path: Path, monkeypatch: pyte
     told = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "one")])
     assert told.exit_code == 0, told.stderr
     assert "peak_off_zero" in told.stdout
+    (tmp_path / "other.txt").write_text(text.read_text()[::-1])
+    several = CliRunner().invoke(
+        main, [*arguments, "--data", str(tmp_path / "other.txt"), "--output", str(tmp_path / "of")]
+    )
+    assert several.exit_code == 0, several.stderr
+    assert "peak_drift" in several.stdout
     answer = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "two"), "--json"])
     assert set(json.loads(answer.stdout)) == {"protocol", "distributions", "stability", "cross"}
     assert not list((tmp_path / "two").glob("*.png"))

@@ -194,4 +194,4 @@ def test_tasks_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(scores["tasks"]["mini"]["acc"] == 1.0 for scores in answer)
     unknown = run(EXAMPLES / "llama-mini", "--tasks", "no_such_task")
     assert unknown.exit_code == 2
-    assert "lm-evaluation-harness knows no such task" in unknown.stderr
+    assert "lm-evaluation-harness has no such task" in unknown.stderr

@@ -22,7 +22,7 @@ CUT = ("--model", EXAMPLES / "llama-mini", "--ratio", "mlp=0.3,attention=0.5", "
 FAILING = """
 import os, signal
 from prune_peak.stats import collection
-from prune_peak.cli import commands
+from prune_peak.cli.main import main
 from prune_peak.errors import PrunePeakError
 
 class FailingObserver(collection.SiteObserver):
@@ -32,7 +32,7 @@ class FailingObserver(collection.SiteObserver):
         super().add(neurons)
 
 collection.SiteObserver = FailingObserver
-commands.main()
+main()
 """
 
 

@@ -15,10 +15,19 @@ import prune_peak
 from prune_peak import options
 from prune_peak.cli.main import main
 from prune_peak.conversion.classes import OUTPUT_CLASSES, register
+from prune_peak.errors import UsageError
 from prune_peak.export.card import reproduce
 from prune_peak.models.families import FAMILIES, Family
 from prune_peak.option_fields import Options, flag
-from prune_peak.options import FILLS, FORMATS, SCORES, CalibrationOptions, CompressOptions
+from prune_peak.options import (
+    FILLS,
+    FORMATS,
+    SCORES,
+    AblateOptions,
+    AnalyzeOptions,
+    CalibrationOptions,
+    CompressOptions,
+)
 from prune_peak.pruning import scores
 from prune_peak.pruning.scores import Candidates
 
@@ -198,6 +207,35 @@ def test_registered_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "files.txt").read_text() == str(len(list(MODEL.iterdir())))
     assert run("export", MODEL, tmp_path / "files.txt", "--format", "listing").exit_code == 1
     assert "'none' is not one of 'gguf'" in run("export", MODEL, tmp_path / "other", "--format", "none").stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (AblateOptions, {"fraction": float("nan")}, "--fraction nan"),
+        (CompressOptions, {"ratio": 0.3, "calibration": []}, "--calibration: expected at least one data set"),
+        (AnalyzeOptions, {"data": []}, "--data: expected at least one data set"),
+    ],
+)
+def test_invalid_values(kind: type[Options], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        kind(**values)
+
+
+def test_one_value_for_several() -> None:
+    assert AblateOptions(fraction=0.3).fraction == (0.3,)  # type: ignore[arg-type]
+    assert AblateOptions(calibration="a.txt").calibration == ("a.txt",)  # type: ignore[arg-type]
+
+
+def test_several_data_sets_need_their_samples(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "short.txt").write_text(text.read_text()[:1000])
+    words = ["compress", str(EXAMPLES / "llama-mini"), "--ratio", "0.3", "--output", str(tmp_path / "cut"), "-q"]
+    words += ["--calibration", str(text), "--calibration", str(tmp_path / "short.txt"), "--sequence-length", "32"]
+    few = CliRunner().invoke(main, [*words, "--samples", "1"])
+    assert "expected at least one for each of the 2 data sets" in few.stderr
+    short = CliRunner().invoke(main, [*words, "--samples", "400"])
+    assert "expected 200, as of each data set. Pass a smaller --samples" in short.stderr
+    assert not (tmp_path / "cut").exists()
 
 
 def test_flags_are_spelled_as_options() -> None:

@@ -241,6 +241,17 @@ def test_calibration_and_evaluation_share_no_window(study_text: str) -> None:
         assert not rows[0] & rows[1]
 
 
+def test_several_texts_share_no_window(study_text: str, tmp_path: Path) -> None:
+    """A text to calibrate on is one of two to evaluate on."""
+    (tmp_path / "other.txt").write_text(Path(study_text).read_text()[::-1])
+    words = {"calibration": study_text, "data": [study_text, str(tmp_path / "other.txt")]}
+    study_data = load_study_data(open_model(LLAMA), AblateOptions(samples=8, windows=8, sequence_length=48, **words))
+    evaluated = torch.cat([batch["input_ids"] for batch in study_data.eval_set.batches])
+    rows = [{tuple(row) for row in part.tolist()} for part in (study_data.calibration, evaluated)]
+    assert len(rows[1]) == 8
+    assert not rows[0] & rows[1]
+
+
 def test_own_text_needs_no_text(tmp_path: Path) -> None:
     study = ablate(LLAMA, tmp_path / "study", fill=["peak"], **SMALL)
     assert study.protocol["calibration"] == study.protocol["text"] == "the model's own text"

@@ -171,7 +171,7 @@ def print_analysis(analysis: "Analysis") -> None:
     click.echo("Medians over blocks (peak_from_mean in deviations; peak_off_zero and bimodal are shares of neurons):")
     click.echo(_table([("text", "site", "tokens", *numbers), *_medians(whole, ("text", "site", "tokens"), numbers)]))
     if analysis.stability:
-        drifts = ("peak_moves", "mean_moves")
+        drifts = ("peak_drift", "mean_drift")
         pairs = ("text", "other", "site")
         click.echo("\nShift of peaks and means between texts, in deviations:")
         click.echo(_table([(*pairs, *drifts), *_medians(analysis.stability, pairs, drifts)]))

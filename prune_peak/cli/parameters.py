@@ -160,7 +160,7 @@ def models_argument(command: Command) -> Command:
 
 
 def output_options(command: Command) -> Command:
-    """--json and --quiet; a command gets `show`, which prints its answer as JSON if that was asked for."""
+    """--json and --quiet; the command gets `as_json`."""
 
     @wraps(command)
     def resolved(as_json: bool, quiet: bool, **options: Any) -> Any:

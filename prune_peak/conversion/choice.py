@@ -27,6 +27,8 @@ from .mappings import CLASS_MAPPINGS, ClassMapping, ConfigDict, UnsupportedClass
 # Keys of every config that no computation reads
 IDENTITY = {"architectures", "model_type", "transformers_version", "_name_or_path", "pretraining_tp", "dtype"}
 TRAINING = ("dropout", "pdrop")  # ends of keys that only matter in training
+# Keys that describe files or weights that are not written
+NOT_WRITTEN = {"auto_map", "custom_pipelines", "quantization_config", "torch_dtype"}
 
 
 def choose_conversion(
@@ -99,6 +101,7 @@ def _build(
         config_dict = _convert_config(source, shape, mapping)
         config = _other_config(name, config_dict, {site.label for site in sites})
         model_class = _same_head(source, config)
+    _carry_over(source.config, config)
     config.dtype = dtype
     config.architectures = [model_class.__name__]
     try:
@@ -176,6 +179,16 @@ def _other_config(name: str, config: ConfigDict, kinds: set[str]) -> PreTrainedC
         return config_class(**{key: value for key, value in config.items() if key in known} | settings)
     except Exception as error:  # the strict config classes raise their own kinds
         raise UnsupportedClass(f"{name} does not accept the config: {brief(error)}") from None
+
+
+def _carry_over(source: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Keep the keys that neither class declares (a licence, settings of other libraries)."""
+    declared = {*type(source)().to_dict(), *type(config)().to_dict(), "head_dim"}
+    for key, value in source.to_dict().items():
+        if key in NOT_WRITTEN:
+            vars(config).pop(key, None)
+        elif key not in declared and not key.startswith("_"):
+            setattr(config, key, copy.deepcopy(value))
 
 
 def _same_head(source: ModelSpec, config: PreTrainedConfig) -> type[PreTrainedModel]:

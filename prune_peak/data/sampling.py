@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, UsageError
 from ..models.loading import Model
 from ..options import SELF
 from .images import choose_images
 from .self_generated import generate_windows
 from .texts import read_windows
-from .windows import Windows, held_out_count, name_data, window_length
+from .windows import Windows, held_out_count, join, name_data, split_samples, window_length
 
 log = logging.getLogger(__name__)
 
@@ -22,22 +22,30 @@ def sample_windows(model: Model, data: Sequence[str], samples: int, sequence_len
     Raises:
         PrunePeakError: data that cannot be read, or that the model does not take.
     """
-    shares = [samples * (number + 1) // len(data) - samples * number // len(data) for number in range(len(data))]
-    parts = [_sample_one(model, name, share, sequence_length, seed) for name, share in zip(data, shares, strict=True)]
+    shares = split_samples(samples, len(data))
+    if 0 in shares:
+        raise UsageError(f"--samples {samples}: expected at least one for each of the {len(data)} data sets.")
+    parts: dict[int, Windows] = {}
+    for number in sorted(range(len(data)), key=lambda number: data[number] == SELF):  # reading fails sooner
+        parts[number] = _sample_one(model, data[number], shares[number], sequence_length, seed, len(data) > 1)
     return Windows(
-        " and ".join(part.source for part in parts),
-        torch.cat([part.calibration for part in parts]),
-        torch.cat([part.held_out for part in parts]),
+        " and ".join(parts[number].source for number in range(len(data))),
+        join([parts[number].calibration for number in range(len(data))]),
+        join([parts[number].held_out for number in range(len(data))]),
     )
 
 
-def _sample_one(model: Model, name: str, samples: int, sequence_length: int, seed: int) -> Windows:
+def _sample_one(model: Model, name: str, samples: int, sequence_length: int, seed: int, strict: bool) -> Windows:
     if model.sees_images:
         windows, what = choose_images(name, model, samples, seed), "images"
     else:
         length = window_length(model, sequence_length)
         windows, what = draw_windows(model, name, samples, length, seed), f"windows of {length} tokens"
     found = len(windows.calibration)
+    if found < samples and strict:
+        raise PrunePeakError(
+            f"{name} has {found} {what}; expected {samples}, as of each data set. Pass a smaller --samples."
+        )
     if found < samples:
         log.warning("%s has %d %s, fewer than --samples %d; all are used.", name, found, what, samples)
     return windows

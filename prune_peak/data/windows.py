@@ -2,14 +2,18 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..errors import PrunePeakError
 from ..models.execution import BATCH_TOKENS
 from ..models.loading import IMAGES, Model
 from ..models.streaming import Batch
+from ..options import SELF
 
 BATCH_IMAGES = 16  # of about 200 patches each
 
@@ -31,6 +35,29 @@ class Windows:
 def held_out_count(samples: int) -> int:
     """Number of windows to hold out for the quality before and after: a twelfth, one to eight."""
     return max(1, min(8, samples // 12))
+
+
+def split_samples(samples: int, count: int) -> list[int]:
+    """The samples of each of `count` data sets; they differ by one at most."""
+    return [samples * (number + 1) // count - samples * number // count for number in range(count)]
+
+
+def own_samples(samples: int, data: Sequence[str]) -> int:
+    """The samples of the model's own text among several data sets; 0 without it."""
+    shares = dict(zip(data, split_samples(samples, len(data)), strict=True))
+    return shares.get(SELF, 0)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Windows or images of several data sets as one tensor.
+
+    Raises:
+        PrunePeakError: images of different sizes.
+    """
+    shapes = {tuple(part.shape[1:]) for part in parts if len(part)}
+    if len(shapes) > 1:
+        raise PrunePeakError(f"the images of the data sets have the sizes {sorted(shapes)}; expected one size.")
+    return torch.cat([part for part in parts if len(part)] or list(parts[:1]))
 
 
 def window_length(model: Model, sequence_length: int) -> int:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..data.images import read_labelled
 from ..data.texts import load_tokenizer, read_windows
-from ..data.windows import BATCH_IMAGES, Windows, into_batches, name_data, window_length
+from ..data.windows import BATCH_IMAGES, Windows, into_batches, join, name_data, window_length
 from ..errors import PrunePeakError
 from ..models.execution import ExecutionConfig
 from ..models.loading import Model
@@ -127,7 +127,8 @@ def _build_image_eval_set(model: Model, folders: Sequence[str]) -> EvalSet:
     """Predict the label of every image of folders, `folder/<label>/<image>`."""
     if "ForImageClassification" not in model.model_class.__name__:
         raise PrunePeakError(f"{model.name} is a {model.model_class.__name__}, which does not classify images.")
-    pixels, labels = (torch.cat(parts) for parts in zip(*(read_labelled(name, model) for name in folders), strict=True))
+    parts = [read_labelled(name, model) for name in folders]
+    pixels, labels = join([images for images, _ in parts]), torch.cat([found for _, found in parts])
     name = " and ".join(Path(folder).name for folder in folders)
     return EvalSet(IMAGE_ACCURACY, name, into_batches(pixels), labels[:, None].split(BATCH_IMAGES))
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from ..conversion.layout import Conversion
 from ..io.tensor_files import save_tensors
 from ..io.writer import Writer
+from ..models.config_checks import read_generation
 from ..models.families import tensors_by_block
 from ..models.loading import SIDE_FILES, Model
 from ..models.weight_names import names_on_disk
@@ -27,8 +28,10 @@ from .recipe import PLAN_FILE, RECIPE_FILE
 ROPE_KEYS = {"modernbert": "global_rope_theta"}
 LOCAL_ROPE_KEYS = {"gemma3_text": "rope_local_base_freq", "modernbert": "local_rope_theta"}
 
+GENERATION_FILE = "generation_config.json"
+
 # Written here, or valid for the source's files only
-NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", RECIPE_FILE}
+NOT_COPIED = {"config.json", RECIPE_FILE}
 
 
 class FolderWriter:
@@ -73,6 +76,8 @@ class FolderWriter:
         save_tensors(pack_plan(self._plan), self.folder / PLAN_FILE)
         write_config(self.conversion.config, self.folder / "config.json")
         copy_side_files(self.source.folder, self.folder)
+        if self.conversion.model_class.can_generate() and not (self.folder / GENERATION_FILE).exists():
+            read_generation(self.source.folder).to_json_file(self.folder / GENERATION_FILE)
         return digests
 
     def _write(self, block: int | None, plan: Mapping[str, SitePlan]) -> dict[str, str]:
@@ -122,7 +127,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
     """Copy tokenizer, generation config, templates and licence."""
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            if path.name not in NOT_COPIED and path.is_file():
+            if path.name not in NOT_COPIED and ".index." not in path.name and path.is_file():
                 copy = folder / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)

@@ -110,6 +110,11 @@ FORMATS = (
 )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weight files of any format."""
+    return any((folder / name).is_file() for format_ in FORMATS for name in (format_.single, format_.index))
+
+
 class Checkpoint:
     """The tensors of a folder, by their names on disk.
 
@@ -214,12 +219,12 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def _find_shards(folder: Path) -> tuple[Format, dict[str, str]]:
-    """The first format found in the folder, and the file of every tensor."""
+    """The first format found in the folder, and the file of every tensor; like transformers, the single file first."""
     for format_ in FORMATS:
-        if (folder / format_.index).is_file():
-            return format_, _read_index(folder / format_.index, format_)
         if (folder / format_.single).is_file():
             return format_, dict.fromkeys(format_.open(folder / format_.single).keys(), format_.single)
+        if (folder / format_.index).is_file():
+            return format_, _read_index(folder / format_.index, format_)
     expected = " or ".join(format_.single for format_ in FORMATS)
     raise PrunePeakError(
         f"{folder} contains no weights; expected {expected}, or a shard index. Save the model with `save_pretrained`."

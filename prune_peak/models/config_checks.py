@@ -46,17 +46,23 @@ def refuse_code(raw: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def check_generation(folder: Path) -> None:
-    """Refuse an invalid generation config, because every loader of the weights reads it."""
+def read_generation(folder: Path) -> GenerationConfig:
+    """The generation settings of a model: of their own file or, in older checkpoints, of config.json.
+
+    Raises:
+        PrunePeakError: invalid settings, which every loader of the weights would read.
+    """
     path = folder / "generation_config.json"
-    if path.exists():
-        try:
-            read_json(path)
-            GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # the checks of each setting raise different types
-            raise PrunePeakError(
-                f"{path} is not a valid generation config: {brief(error)}. Fix or remove the file."
-            ) from None
+    is_older = not path.exists()
+    if is_older:
+        path = folder / "config.json"
+    try:
+        read_json(path)
+        return GenerationConfig.from_pretrained(folder, config_file_name=path.name, _from_model_config=is_older)
+    except Exception as error:  # the checks of each setting raise different types
+        raise PrunePeakError(
+            f"{path} is not a valid generation config: {brief(error)}. Correct the settings, or remove them."
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -102,11 +108,8 @@ def find_family(raw: dict[str, Any], folder: Path) -> Family:
 
 
 def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedModel]:
-    """The stock class that a config names first. Default: the causal LM, or the base model if there is no causal LM."""
-    found: Any = getattr(transformers, str(architectures[0]), None) if architectures else None
-    if not architectures:
-        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        found = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING if causal else transformers.MODEL_MAPPING)[type(config)]
+    """The stock class that a config names first."""
+    found: Any = getattr(transformers, str(architectures[0]), None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     if not is_model or found.config_class is not type(config):
         raise PrunePeakError(

@@ -25,20 +25,21 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from ..errors import PrunePeakError, brief
-from ..io.checkpoint import Checkpoint
+from ..io.checkpoint import Checkpoint, has_weights
 from ..io.tensor_files import digest_tensor
 from ..io.untrusted import TEMPLATES, check_folder
 from .config_checks import (
     MOST,
     MOST_BUFFERS,
     build_meta_model,
-    check_generation,
     find_class,
     find_family,
     read_config,
+    read_generation,
     refuse_code,
 )
 from .families import Family
+from .head_detection import detect_class
 from .weight_names import check_shapes, match_names
 
 # Files that are copied with a checkpoint; not code, pickles or the README
@@ -253,7 +254,8 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config.dtype, torch.dtype | None):
             raise TypeError(f"dtype {raw.get('dtype', raw.get('torch_dtype'))!r}")
-        model_class = find_class(config, raw.get("architectures"))
+        weights = Checkpoint(folder) if not raw.get("architectures") and has_weights(folder) else None
+        model_class = find_class(config, raw.get("architectures") or [detect_class(config, weights)])
         spec = ModelSpec(name, commit, folder, family, config, model_class)
         meta_model = spec.meta_model  # raises for shapes that the class rejects
     except PrunePeakError:
@@ -267,7 +269,7 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
         raise PrunePeakError(
             f"{path} needs tables of {tables:,} bytes; expected at most {MOST_BUFFERS:,}. Correct the config."
         )
-    check_generation(folder)
+    read_generation(folder)
     return spec
 
 

@@ -21,15 +21,11 @@ LEGACY_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.(mas
 def match_names(checkpoint: Checkpoint, meta_model: PreTrainedModel, ignored_tensors: Sequence[str]) -> dict[str, str]:
     """Map names in the class to names on disk by transformers' renaming rules, without the tensors of other heads."""
     class_name, state = type(meta_model).__name__, meta_model.state_dict()
-    transforms = get_model_conversion_mapping(meta_model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
     ignored = [*(meta_model._keys_to_ignore_on_load_unexpected or ()), *LEGACY_BUFFERS]
     names: dict[str, str] = {}
     unknown = []
-    for disk in checkpoint.names:
-        name, converter = rename_source_key(disk, renamings, converters, meta_model.base_model_prefix, state)
-        if converter is None and name in state:
+    for disk, name in names_in_class(checkpoint, meta_model).items():
+        if name in state:
             if name in names:
                 raise PrunePeakError(
                     f"{checkpoint.folder}: {disk!r} and {names[name]!r} are the same tensor, {name}. "
@@ -45,6 +41,19 @@ def match_names(checkpoint: Checkpoint, meta_model: PreTrainedModel, ignored_ten
             f"{checkpoint.folder} contains {len(unknown)} tensors that are not part of {class_name} and would be lost: "
             f"{_few(unknown)}. Remove them, or correct config.json."
         )
+    return names
+
+
+def names_in_class(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> dict[str, str]:
+    """Map names on disk to names in the class, by transformers' renaming rules; unknown names are kept."""
+    state = meta_model.state_dict()
+    transforms = get_model_conversion_mapping(meta_model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+    names: dict[str, str] = {}
+    for disk in checkpoint.names:
+        name, converter = rename_source_key(disk, renamings, converters, meta_model.base_model_prefix, state)
+        names[disk] = name if converter is None else disk
     return names
 
 

@@ -122,11 +122,14 @@ def _split(source: Model, options: AnalyzeOptions) -> dict[str, Windows]:
     if SELF in options.data and not source.meta_model.can_generate():
         raise PrunePeakError(f"{source.name} generates no text; pass a text or a folder of images with --data.")
     turns = 2 if len(options.data) > 1 else 1
-    splits: dict[str, Windows] = {}
+    names: dict[str, str] = {}
     for data in options.data:
         label = "the model's own text" if data == SELF else Path(data).name
-        if label in splits:
+        if label in names:
             raise UsageError(f"--data: two data sets are named {label}; expected different names.")
+        names[label] = data
+    splits: dict[str, Windows] = {}
+    for label, data in sorted(names.items(), key=lambda item: item[1] == SELF):  # reading fails sooner
         samples = turns * options.samples
         if source.sees_images:
             splits[label] = choose_images(data, source, samples, options.seed)
@@ -138,7 +141,7 @@ def _split(source: Model, options: AnalyzeOptions) -> dict[str, Windows]:
                 f"{label} is too short: with several data sets each is measured twice. Pass a longer one, or a smaller "
                 "--sequence-length."
             )
-    return splits
+    return {label: splits[label] for label in names}
 
 
 def _find_neuron(sites: Sequence[Site], wanted: str) -> Neuron:

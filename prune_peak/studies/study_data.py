@@ -51,16 +51,17 @@ def load_study_data(model: Model, options: AblateOptions) -> StudyData:
         )
     length = window_length(model, options.sequence_length)
 
+    most = max(len(options.calibration), len(options.data or ()))
+    share = (-(-options.samples // most), -(-windows // most))  # the same for both, so that a text is split once
+
     def split(names: Sequence[str]) -> tuple[str, Tensor, Tensor]:
-        share = (-(-options.samples // len(names)), -(-windows // len(names)))
         parts = [split_windows(model, name, *share, length, options.seed) for name in names]
         measured, scored = (torch.cat([getattr(part, kind) for part in parts]) for kind in ("calibration", "held_out"))
         return " and ".join(part.source for part in parts), measured[: options.samples], scored[:windows]
 
+    given = None if options.data is None else split(options.data)
     name, calibration, held_out = split(options.calibration)
-    evaluated = name
-    if options.data is not None:
-        evaluated, _, held_out = split(options.data)
+    evaluated, _, held_out = given or (name, calibration, held_out)
     return StudyData(name, calibration, build_eval_set(model, held_out, evaluated))
 
 

@@ -1,0 +1,97 @@
+"""The tokenizer of an output of another class: `AutoTokenizer` chooses by the model type, and must behave as before."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..conversion.layout import Conversion
+from ..errors import PrunePeakError
+from ..models.loading import Model
+from .folder import copy_side_files, write_config
+
+# A class that every release knows, and that reads tokenizer.json as it is
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+STRINGS = (
+    "",
+    "The quick brown fox",
+    " leading and  double  spaces ",
+    "In 2024 the 1234th of 56,789.01",
+    "line\nbreaks\n\n\tand tabs\r\n",
+    "don't I'll we've CamelCase snake_case",
+    "naïve café ÀÉÎ ﬁ",
+    "日本語 中文 한국어 العربية",
+    "😀 🏳️‍🌈 \u200b\ufeff",
+    "def f(x): return x ** 2  # code",
+)
+CHAT = [{"role": "user", "content": " Hi, 1234? "}, {"role": "assistant", "content": "Yes."}]
+
+
+def check_tokenizer(source: Model, conversion: Conversion) -> None:
+    """Write only config and tokenizer to a temporary folder, and compare.
+
+    Raises:
+        PrunePeakError: no file makes `AutoTokenizer` behave on the output as on the source.
+    """
+    if conversion.config.model_type == source.config.model_type:
+        return
+    with tempfile.TemporaryDirectory() as name:
+        write_config(conversion.config, Path(name) / "config.json")
+        copy_side_files(source.folder, Path(name))
+        keep_tokenizer(source, conversion, Path(name))
+
+
+def keep_tokenizer(source: Model, conversion: Conversion, folder: Path) -> None:
+    """Write the source's tokenizer under a class that does not change it, if the copied files read otherwise.
+
+    Raises:
+        PrunePeakError: `AutoTokenizer` behaves otherwise still.
+    """
+    if conversion.config.model_type == source.config.model_type:
+        return
+    tokenizer = _load(source.folder)
+    if tokenizer is None:
+        return
+    expected = _behaviour(tokenizer, tokenizer)
+    if _reads(folder, tokenizer, expected):
+        return
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8")) | {"tokenizer_class": PLAIN_CLASS}
+    path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    if not _reads(folder, tokenizer, expected):
+        raise PrunePeakError(
+            f"the tokenizer of {source.name} gives other tokens once {conversion.model_class.__name__} is written. "
+            "Choose another --output-class, or --output-class own."
+        )
+
+
+def _reads(folder: Path, source: PreTrainedTokenizerBase, expected: dict[str, Any]) -> bool:
+    tokenizer = _load(folder)
+    return tokenizer is not None and _behaviour(tokenizer, source) == expected
+
+
+def _load(folder: Path) -> Any:
+    """The tokenizer of a folder; None without one."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # every tokenizer class raises its own kinds
+        return None
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Ids, texts and settings to compare; special tokens are those of the source."""
+    specials = list(source.all_special_tokens)
+    texts = [*STRINGS, *(f"a{token} b {token}c" for token in specials)]
+    ids: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
+    names = ("padding_side", "truncation_side", "model_max_length", "special_tokens_map", "chat_template")
+    return {
+        "ids": ids,
+        "plain": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+        "texts": [tokenizer.decode(each) for each in ids],
+        "words": [tokenizer.decode(each, skip_special_tokens=True) for each in ids],
+        "chat": tokenizer.apply_chat_template(CHAT, tokenize=False) if tokenizer.chat_template else None,
+        **{name: getattr(tokenizer, name) for name in names},
+    }
