@@ -546,7 +546,10 @@ LEGACY = {
     "extra tensor": (state(lambda held: held.update(more=torch.ones(1))), "not part of"),
     "NaN weight": (state(lambda held: held[DOWN].view(-1)[7].fill_(float("nan"))), "not finite"),
     "index out of the folder": (
-        change("legacy/pytorch_model.bin.index.json", weight_map={NORM: "../model/model.safetensors"}),
+        all_of(
+            remove("legacy/pytorch_model.bin"),
+            change("legacy/pytorch_model.bin.index.json", weight_map={NORM: "../model/model.safetensors"}),
+        ),
         "is outside its folder",
     ),
     "pipe": (pipe(BIN), "neither a file nor a folder"),

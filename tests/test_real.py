@@ -90,5 +90,5 @@ def test_perplexity_is_that_of_a_plain_loop(smollm2: Path, prose: Path) -> None:
         for start in range(0, windows * length, length):
             window = torch.tensor([tokens[start : start + length]])
             losses.append(model(window, labels=window).loss.item())
-    quality = answer["comparison"]["entries"][0]["quality"]
+    quality = answer["comparisons"][0]["entries"][0]["quality"]
     assert quality["value"] == pytest.approx(math.exp(sum(losses) / windows), rel=1e-5)

@@ -58,8 +58,8 @@ def _read_data_set(name: str) -> list[str]:
         import datasets
     except ImportError:
         raise PrunePeakError(
-            f"{name} is not a file, and the package datasets, which reads Hub data sets, is not installed: pip install "
-            "'prune-peak[datasets]'."
+            f"{name} is neither a file nor, without the package datasets, a Hub data set. Check the name, or "
+            "pip install 'prune-peak[datasets]'."
         ) from None
     try:
         texts, size = [], 0
