@@ -127,8 +127,17 @@ def test_tokenizer_that_changes_is_refused(tmp_path: Path) -> None:
     source = open_model(str(folder))
     conversion = convert(source)
     config = BY_NAME["qwen2"].configure()
-    with pytest.raises(PrunePeakError, match="gives other tokens"):
+    with pytest.raises(PrunePeakError, match="behaves otherwise"):
         check_tokenizer(source, replace(conversion, config=config))
+
+
+def test_chat_template_that_raises(tmp_path: Path) -> None:
+    folder = BY_NAME["mistral"].save(tmp_path / "source")
+    made = PreTrainedTokenizerFast(tokenizer_object=byte_level(r"\p{N}+"), bos_token="<s>", eos_token="</s>")
+    made.chat_template = "{{ raise_exception('only one turn') }}"
+    made.save_pretrained(folder)
+    source = open_model(str(folder))
+    check_tokenizer(source, convert(source))
 
 
 def test_a_model_without_tokenizer(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def keep_tokenizer(source: Model, conversion: Conversion, folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     if not _reads(folder, tokenizer, expected):
         raise PrunePeakError(
-            f"the tokenizer of {source.name} gives other tokens once {conversion.model_class.__name__} is written. "
+            f"the tokenizer of {source.name} behaves otherwise once {conversion.model_class.__name__} is written. "
             "Choose another --output-class, or --output-class own."
         )
 
@@ -92,6 +92,14 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBa
         "plain": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
         "texts": [tokenizer.decode(each) for each in ids],
         "words": [tokenizer.decode(each, skip_special_tokens=True) for each in ids],
-        "chat": tokenizer.apply_chat_template(CHAT, tokenize=False) if tokenizer.chat_template else None,
+        "chat": _render(tokenizer) if tokenizer.chat_template else None,
         **{name: getattr(tokenizer, name) for name in names},
     }
+
+
+def _render(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat by the template, or the error of a template that refuses it."""
+    try:
+        return str(tokenizer.apply_chat_template(CHAT, tokenize=False))
+    except Exception as error:  # a template raises what it likes
+        return repr(error)
