@@ -48,6 +48,7 @@ RECIPE_KEYS: dict[str, str | None] = {
     "kept": None,
     "prune_peak": None,
 }
+NEWER_FILES = {Path("generation_config.json")}  # written also where the source has its settings in config.json
 # Patterns of the paths whose words may change, but not their numbers
 RECIPE_WORDS = (r"warnings\.\d+", r"quality\.(before|after)\.text", r"verification\.\d+\.(check|seen)")
 NUMBER = re.compile(r"(?<![\w.])[-+x]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?%?")
@@ -266,7 +267,7 @@ def compare(old: Path, new: Path) -> tuple[list[str], str, str]:
         told = [f"{record['outcome']} ({record.get('error', '')})" for record in records]
         return [f"the old one {told[0]}; the new one {told[1]}"], "", ""
     files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (old, new)]
-    lost, notes = [f"{path} is in one folder only" for path in sorted(files[0] ^ files[1])], []
+    lost, notes = [f"{path} is in one folder only" for path in sorted((files[0] ^ files[1]) - NEWER_FILES)], []
     for path in sorted(files[0] & files[1]):
         pair = (old / path).read_bytes(), (new / path).read_bytes()
         if pair[0] == pair[1]:

@@ -183,11 +183,11 @@ def _other_config(name: str, config: ConfigDict, kinds: set[str]) -> PreTrainedC
 
 def _carry_over(source: PreTrainedConfig, config: PreTrainedConfig) -> None:
     """Keep the keys that neither class declares (a licence, settings of other libraries)."""
-    declared = {*type(source)().to_dict(), *type(config)().to_dict(), "head_dim"}
+    declared = {*type(source)().to_dict(), "head_dim"}
     for key, value in source.to_dict().items():
         if key in NOT_WRITTEN:
             vars(config).pop(key, None)
-        elif key not in declared and not key.startswith("_"):
+        elif key not in declared and not hasattr(config, key):
             setattr(config, key, copy.deepcopy(value))
 
 

@@ -10,7 +10,7 @@ from ..errors import PrunePeakError
 from ..models.families import Attention as Modules
 from ..models.families import Family
 from ..options import GROUP, NEURON
-from .site import NOBODY, Site, SiteKind, Slice, measure_projection, rows_of
+from .site import ALWAYS_KEPT, Site, SiteKind, Slice, measure_projection, rows_of
 
 
 class Attention(SiteKind):
@@ -32,30 +32,24 @@ class Attention(SiteKind):
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
         attention = modules_of(family)
         name = f"{block}.{attention.output_projection}"
-        neurons, hidden, transposed = measure_projection(model, name)
         groups, each, head_dim = heads = measure_heads(model, attention, block)
         whole_groups = unit == GROUP or each == 1
         query, key, value = (f"{block}.{part}" for part in (attention.query, attention.key, attention.value))
-        slices = {f"{name}.weight": Slice(0 if transposed else 1)}
         if attention.key == attention.query:
-            slices |= rows_of(model, query, _owners(heads, whole_groups, attention.grouped_qkv))
+            slices = rows_of(model, query, _owners(heads, whole_groups, attention.grouped_qkv))
         else:
-            slices |= rows_of(model, query) | (rows_of(model, key) | rows_of(model, value) if whole_groups else {})
+            slices = rows_of(model, query) | (rows_of(model, key) | rows_of(model, value) if whole_groups else {})
         if whole_groups:
             state = model.state_dict()
             tables = [f"{block}.{table}" for table in attention.per_head_parameters]
             slices |= {table: Slice(1) for table in tables if table in state}
-        return Site(
-            self,
+        return self.site(
+            model,
             index,
             name,
-            neurons,
-            hidden,
-            transposed,
             slices,
-            folded_into=f"{name}.bias",
             bias_key=attention.bias_key,
-            unit=neurons // groups if whole_groups else head_dim,
+            unit=each * head_dim if whole_groups else head_dim,
             groups=1 if whole_groups else groups,
             config_values={
                 "num_attention_heads": groups * each,
@@ -94,7 +88,7 @@ def _owners(heads: tuple[int, int, int], whole_groups: bool, grouped: bool) -> T
         queries = torch.arange(groups)[:, None].expand(groups, each)
         keys = torch.arange(groups)[:, None]
     else:
-        queries, keys = torch.arange(groups * each).view(groups, each), torch.full((groups, 1), NOBODY)
+        queries, keys = torch.arange(groups * each).view(groups, each), torch.full((groups, 1), ALWAYS_KEPT)
     parts = [queries, keys, keys]
     units = torch.cat(parts, dim=1).flatten() if grouped else torch.cat([part.flatten() for part in parts])
     return units.repeat_interleave(head_dim)

@@ -18,7 +18,7 @@ from .attention import measure_heads, modules_of
 from .folding import clear
 from .mlp import Mlp
 from .plan import SitePlan
-from .site import Site, SiteKind, Slice, measure_projection, rows_of
+from .site import Site, SiteKind, Slice, rows_of
 
 
 class InPlace(SiteKind):
@@ -79,25 +79,21 @@ class InPlaceAttention(InPlace):
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
         attention = modules_of(family)
         name = f"{block}.{attention.output_projection}"
-        neurons, hidden, transposed = measure_projection(model, name)
-        heads = measure_heads(model, attention, block)
-        slices = {f"{name}.weight": Slice(0 if transposed else 1)}
+        _, each, head_dim = heads = measure_heads(model, attention, block)
+        slices: dict[str, Slice] = {}
         parts: dict[str, tuple[str, ...]] = {}
         for part in ("query", "key", "value"):
             for tensor, slice_ in rows_of(model, f"{block}.{getattr(attention, part)}").items():
                 slices[tensor] = slice_
                 parts[tensor] = (*parts.get(tensor, ()), part)
-        return InPlaceAttentionSite(
-            self,
+        return self.site(
+            model,
             index,
             name,
-            neurons,
-            hidden,
-            transposed,
             slices,
-            folded_into=f"{name}.bias",
+            InPlaceAttentionSite,
             bias_key=attention.bias_key,
-            unit={NEURON: 1, HEAD: heads[2], GROUP: neurons // heads[0]}[unit],
+            unit={NEURON: 1, HEAD: head_dim, GROUP: each * head_dim}[unit],
             heads=heads,
             parts=parts,
             grouped_qkv=attention.grouped_qkv,

@@ -24,7 +24,7 @@ from ..options import NEURON
 from .attention import Attention, measure_heads, modules_of
 from .hooks import held, projected
 from .plan import LowRankHeads, SitePlan
-from .site import Site, Slice, measure_projection, rows_of
+from .site import Site, rows_of
 
 NEGLIGIBLE = 1e-7  # share of the largest variance below which a direction is rounding
 
@@ -46,21 +46,13 @@ class NarrowHeads(Attention):
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
         attention = modules_of(family)
         name = f"{block}.{attention.output_projection}"
-        neurons, hidden, transposed = measure_projection(model, name)
         groups, each, head_dim = heads = measure_heads(model, attention, block)
         query, key, value = (f"{block}.{part}" for part in (attention.query, attention.key, attention.value))
-        return Site(
-            self,
+        return self.site(
+            model,
             index,
             name,
-            neurons,
-            hidden,
-            transposed,
-            {f"{name}.weight": Slice(0 if transposed else 1)}
-            | rows_of(model, query)
-            | rows_of(model, key)
-            | rows_of(model, value),
-            folded_into=f"{name}.bias",
+            rows_of(model, query) | rows_of(model, key) | rows_of(model, value),
             bias_key=attention.bias_key,
             groups=groups * each,
             config_values={"num_attention_heads": groups * each, "head_dim": head_dim},

@@ -30,8 +30,8 @@ class Mlp(SiteKind):
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
         mlp = family.mlp
         name = f"{block}.{mlp.output_projection}"
-        neurons, hidden, transposed = measure_projection(model, name)
-        slices = {f"{name}.weight": Slice(0 if transposed else 1)}
+        neurons, _, _ = measure_projection(model, name)
+        slices: dict[str, Slice] = {}
         for projection in mlp.input_projections:
             for tensor, slice_ in rows_of(model, f"{block}.{projection}").items():
                 size = model.get_parameter(tensor).shape[slice_.axis]
@@ -40,13 +40,10 @@ class Mlp(SiteKind):
                 slices[tensor] = Slice(slice_.axis, owners)
         # DINOv2's config has an integer ratio to the hidden size
         width = getattr(model.config, mlp.width_key) or neurons
-        return Site(
-            self,
+        return self.site(
+            model,
             index,
             name,
-            neurons,
-            hidden,
-            transposed,
             slices,
             folded_into=f"{block}.{mlp.bias_module or mlp.output_projection}.bias",
             bias_key=mlp.bias_key,

@@ -18,7 +18,7 @@ from .folding import cut, fold
 from .hooks import held
 from .plan import SitePlan
 
-NOBODY = -1  # owner of the rows of a fused tensor that always stay
+ALWAYS_KEPT = -1  # owner of the rows of a fused tensor that always stay
 
 Tensors = dict[str, Tensor]  # by their names in the class
 
@@ -87,7 +87,7 @@ class Site:
         """
         owners = self.slices[name].owners
         if owners is not None:
-            return (torch.isin(owners, keep // self.unit) | (owners == NOBODY)).nonzero()[:, 0]
+            return (torch.isin(owners, keep // self.unit) | (owners == ALWAYS_KEPT)).nonzero()[:, 0]
         each = size * self.unit // self.neurons
         units = keep[:: self.unit] // self.unit
         return (units[:, None] * each + torch.arange(each)).flatten()
@@ -122,6 +122,21 @@ class SiteKind(ABC):
     def step(self, site: Site, multiple_of: int | None) -> int:
         """The number of neurons by which the site becomes narrower."""
 
+    def site(
+        self,
+        model: PreTrainedModel,
+        index: int,
+        name: str,
+        slices: Mapping[str, Slice],
+        site_class: type[Site] = Site,
+        **fields: Any,
+    ) -> Site:
+        """The site of the output projection `name`, with the slices of its inputs and the other fields of a site."""
+        neurons, hidden, transposed = measure_projection(model, name)
+        every = {f"{name}.weight": Slice(0 if transposed else 1), **slices}
+        fields = {"folded_into": f"{name}.bias"} | fields
+        return site_class(self, index, name, neurons, hidden, transposed, every, **fields)
+
     def config(self, site: Site, kept: int) -> dict[str, int]:
         """The config values of the smaller shape."""
         return {
@@ -132,7 +147,7 @@ class SiteKind(ABC):
     def size(self, site: Site, name: str, size: int, kept: int) -> int:
         """The size of a tensor's axis with `kept` neurons."""
         owners = site.slices[name].owners
-        staying = 0 if owners is None else int((owners == NOBODY).sum())
+        staying = 0 if owners is None else int((owners == ALWAYS_KEPT).sum())
         return staying + (size - staying) * kept // site.neurons
 
     def complete(
