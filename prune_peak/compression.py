@@ -12,6 +12,7 @@ from .conversion.layout import Conversion
 from .errors import VerificationError
 from .evaluation.quality import EvalResult, build_held_out_eval_set, check_collapse, measure_quality
 from .export.card import write_card
+from .export.digests import digest_files
 from .export.folder import FolderWriter
 from .export.recipe import RECIPE_FILE, Size, describe_run, describe_sites, measure_size, write_json
 from .export.resume import ResumableRun
@@ -82,7 +83,8 @@ def compress(
         _warn_few_tokens(job, results)
         written = open_model(str(run.checkpoint))
         quality = _evaluate_both(job, written, calibration)
-        recipe = _describe(job, written, conversion, calibration, results, quality) | {"tensors": digests}
+        recipe = _describe(job, written, conversion, calibration, results, quality)
+        recipe |= {"tensors": digests, "files": digest_files(run.checkpoint)}
         verification = _verify(job, run.checkpoint, recipe)
         write_card(run.checkpoint, recipe, job.source)
         run.finish()

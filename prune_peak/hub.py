@@ -1,5 +1,8 @@
 """`push()`: a written folder to the Hub, with huggingface_hub."""
 
+import logging
+from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .errors import PrunePeakError, UsageError
+from .export.digests import is_read
 from .option_fields import takes
 from .options import PushOptions
 from .verification import verify
+
+log = logging.getLogger(__name__)
 
 MESSAGE = "Upload a checkpoint pruned with prune-peak"
 
@@ -42,6 +48,7 @@ def push(folder: str | Path, repo_id: str, **options: Any) -> str:
     """Push a folder that `compress` wrote, and return the address of its repository.
 
     The folder is verified first. Files that the Hub has are not sent again, so after a failure the same call resumes.
+    Weights, tokenizers and configs of another model in the repository are removed in the same commit.
 
     Args:
         folder: what `compress` wrote.
@@ -72,13 +79,27 @@ def push(folder: str | Path, repo_id: str, **options: Any) -> str:
         if revision is not None:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         message = given.commit_message or MESSAGE
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, revision=revision, commit_message=message)
+        stale = _find_stale(Path(folder), api.list_repo_files(url.repo_id, revision=revision))
+        if stale:
+            log.warning("%s has files of another model, which this push removes: %s.", repo_id, ", ".join(stale))
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            delete_patterns=[escape(name) for name in stale],
+        )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # uploads wrap errors in RuntimeErrors
         raise PrunePeakError(
             f"the push to {repo_id} failed: {_explain(error)} {folder} is complete; `prune-peak push {folder} "
             f"{repo_id}` resumes, and sends nothing twice."
         ) from None
     return str(url) if revision is None else f"{url}/tree/{revision}"
+
+
+def _find_stale(folder: Path, names: Iterable[str]) -> list[str]:
+    """The files of a repository that would be read with a folder, and that the folder does not replace."""
+    return sorted(name for name in names if is_read(name) and not (folder / name).exists())
 
 
 def _explain(error: Exception) -> str:

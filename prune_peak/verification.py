@@ -7,38 +7,31 @@ unexpected or mismatched, and compute what the original computes with the pruned
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
 
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
 from .errors import PrunePeakError
+from .export.digests import changed_files, changed_tensors
 from .export.folder import prune_block
 from .export.recipe import read_plan, read_recipe
-from .io.checkpoint import Checkpoint
-from .io.tensor_files import digest_tensor
-from .models.bfloat16 import fast_products
-from .models.execution import CPU, ExecutionConfig
+from .export.tokenizer import behaves_alike
+from .models.execution import ExecutionConfig
 from .models.families import tensors_by_block
-from .models.loading import IMAGES, Model, open_model
-from .models.streaming import Batch, BlockStream
+from .models.loading import Model, open_model
+from .probes import Hooks, Outputs, Whole, probe_batches, run_streamed
 from .sites.finding import find_sites
-from .sites.hooks import ablated
 from .sites.plan import SitePlan
 from .sites.site import Site
 
 FLOAT32_BOUND = 2e-5  # largest difference, relative to the logits' largest magnitude
 ROUNDING_BOUND = 1.2  # in a narrower dtype: distance to the exact result, relative to the source's own distance
 PROBES, STREAMED_PROBES = 8, 4  # windows of random tokens to compare on; fewer for models that are streamed
-DECODED = 24  # tokens of cached decoding
 
 
 @dataclass
@@ -83,6 +76,7 @@ def verify(
         conversion = choose_conversion(original, sites, kept, original.dtype, written.config.model_type)
         if options["refit"]:
             plan = RefittedPlan(plan, original, conversion, written, options)
+        _check_tokenizer(result, original, written)
         _check_tensors(result, original, written, conversion, plan)
         _check_outputs(result, original, written, sites, plan, execution)
     return result
@@ -146,16 +140,22 @@ def _fits(plan: SitePlan, site: Site, kept: int) -> bool:
 
 
 def _check_digests(result: Verification, folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Every tensor is, byte for byte, the one that was written."""
-    checkpoint = Checkpoint(folder)
-    expected = recipe["tensors"]
-    changed = sorted(expected.keys() ^ set(checkpoint.names))
-    for name in tqdm(sorted(expected.keys() & set(checkpoint.names)), desc="verify bytes", unit="tensor"):
-        if digest_tensor(checkpoint.read(name)) != expected[name]:
-            changed.append(name)
-        checkpoint.release()
-    seen = f"{len(expected)} tensors as written" if not changed else f"changed since written: {', '.join(changed[:3])}"
-    result.add("tensors are those that were written", not changed, seen)
+    """Every tensor, and every file that transformers reads besides, is byte for byte the one that was written."""
+    tensors, files = recipe["tensors"], recipe["files"]
+    for what, count, changed in (
+        ("tensors", len(tensors), list(changed_tensors(folder, tensors))),
+        ("files", len(files), changed_files(folder, files)),
+    ):
+        seen = f"{count} {what} as written" if not changed else f"changed since written: {', '.join(changed[:3])}"
+        result.add(f"{what} are those that were written", not changed, seen)
+
+
+def _check_tokenizer(result: Verification, original: Model, written: Model) -> None:
+    """`AutoTokenizer` behaves alike on both folders."""
+    alike = behaves_alike(original.folder, written.folder)
+    if alike is not None:
+        seen = "ids, texts, special tokens, sides and chat template " + ("are equal" if alike else "differ")
+        result.add("tokenizer is the original's", alike, seen)
 
 
 def _check_loading(result: Verification, written: Model) -> None:
@@ -203,7 +203,7 @@ def _check_outputs(
     def run(model: Model, dtype: torch.dtype, hooks: Hooks | None, teacher: Outputs | None = None) -> Outputs:
         if whole:
             return Whole(model, dtype, hooks).run(batches, teacher)
-        return _stream(model, batches, dtype, hooks, execution)
+        return run_streamed(model, batches, dtype, hooks, execution)
 
     exact = run(original, torch.float32, hooks)
     if original.dtype is torch.float32:
@@ -215,102 +215,6 @@ def _check_outputs(
         dtype = torch.bfloat16
         reference = run(original, dtype, hooks, exact)
     _add_rounding(result, exact, reference, run(written, dtype, None, exact))
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """The ablation of the original."""
-
-    sites: Sequence[Site]
-    plan: Mapping[str, SitePlan]
-
-    def on(self, model: PreTrainedModel, block: int | None = None) -> AbstractContextManager[None]:
-        """Hold the neurons of one block, or of all."""
-        return ablated(model, [site for site in self.sites if block in (None, site.block)], self.plan)
-
-
-@dataclass
-class Outputs:
-    """Logits of all tokens but padding, by stage, and the decoded tokens."""
-
-    logits: dict[str, Tensor]
-    decoded: Tensor | None = None
-
-    @property
-    def finite(self) -> bool:
-        return all(bool(logits.isfinite().all()) for logits in self.logits.values())
-
-
-def probe_batches(model: Model, probes: int) -> list[Batch]:
-    """Inputs to compare outputs on: noise images; or random tokens, in full windows and left-padded ones."""
-    generator, config = torch.Generator().manual_seed(0), model.config
-    if model.sees_images:
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return [{IMAGES: torch.randn(probes, config.num_channels, height, width, generator=generator)}]
-    longest = model.positions or 128
-    length = max(2, min(96, longest - DECODED))
-    full = torch.randint(config.vocab_size, (probes, length), generator=generator)
-    padded = torch.randint(config.vocab_size, (probes, length // 2), generator=generator)
-    mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
-    return [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
-
-
-class Whole:
-    """A stock model with all its weights in memory, under its hooks."""
-
-    def __init__(self, model: Model, dtype: torch.dtype, hooks: Hooks | None = None) -> None:
-        self.model = model.model_class.from_pretrained(model.folder, dtype=dtype).eval()
-        self.hooks = hooks
-
-    @torch.inference_mode()
-    def run(self, batches: Sequence[Batch], teacher: Outputs | None = None) -> Outputs:
-        """Prefill of every batch; then greedy decoding with a cache after the first, following the teacher's tokens."""
-        with fast_products(), self.hooks.on(self.model) if self.hooks else nullcontext():
-            logits = _collect_prefills(batches, [self.model(**batch) for batch in batches])
-            if not self.model.can_generate():
-                return Outputs(logits)
-            cache = DynamicCache(config=self.model.config)
-            output = self.model(batches[0]["input_ids"], past_key_values=cache, use_cache=True)
-            steps, tokens = [], []
-            for step in range(DECODED):
-                steps.append(output.logits[:, -1].float())
-                tokens.append(steps[-1].argmax(-1))
-                fed = tokens[-1] if teacher is None or teacher.decoded is None else teacher.decoded[:, step]
-                output = self.model(fed[:, None], past_key_values=cache, use_cache=True)
-            logits["cached decoding"] = torch.stack(steps, dim=1)
-            return Outputs(logits, torch.stack(tokens, dim=1))
-
-
-def _stream(
-    model: Model, batches: Sequence[Batch], dtype: torch.dtype, hooks: Hooks | None, execution: ExecutionConfig
-) -> Outputs:
-    in_memory = replace(execution, hidden_states_on_disk=False, device=CPU)  # few tokens
-    stream = BlockStream(model, batches, dtype, in_memory)
-    for step in tqdm(stream.steps(), total=stream.blocks, desc="verify", unit="block"):
-        with hooks.on(stream.model, step.index) if hooks else nullcontext():
-            for _ in step.run():
-                pass
-    with hooks.on(stream.model, stream.blocks) if hooks else nullcontext():
-        outputs = list(stream.outputs())
-    return Outputs(_collect_prefills(batches, outputs))
-
-
-def _collect_prefills(batches: Sequence[Batch], outputs: Sequence[Any]) -> dict[str, Tensor]:
-    """The logits of every batch, and the pooled output where a model has one besides."""
-    logits = {}
-    for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
-        logits[f"prefill {number}"] = _without_padding(batch, output)
-        if getattr(output, "pooler_output", None) is not None:
-            logits[f"pooled {number}"] = output.pooler_output.float()
-    return logits
-
-
-def _without_padding(batch: Batch, output: Any) -> Tensor:
-    logits: Tensor = (output.logits if hasattr(output, "logits") else output[0]).float()
-    mask = batch.get("attention_mask")
-    per_token = logits.dim() == 3  # not a classifier
-    return logits[mask.bool()] if mask is not None and per_token else logits
 
 
 def _add_float32(result: Verification, exact: Outputs, written: Outputs) -> None:

@@ -135,6 +135,8 @@ class LoopbackHub:
             value = operation["value"]
             if operation["key"] == "file":
                 (repository / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif operation["key"] == "deletedFile":
+                (repository / value["path"]).unlink()
             elif operation["key"] == "lfsFile":
                 (repository / value["path"]).write_bytes(self.large[value["oid"]])
         return _json({"commitUrl": f"{self.endpoint}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})

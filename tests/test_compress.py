@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,46 @@ def test_verify_compares_with_the_original(good: Path, name: str, words: str) ->
     result = run("verify", good, "-q", "--original", EXAMPLES / "llama-mini")
     assert result.exit_code == 3
     assert words in result.stdout
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "tokenizer.json": lambda folder: shutil.copy(EXAMPLES / "roberta-mini" / "tokenizer.json", folder),
+    "tokenizer_config.json": lambda folder: change(folder / "tokenizer_config.json", chat_template="{{ 1 }}"),
+    "chat_template.jinja": lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+    "config.json": lambda folder: change(folder / "config.json", rms_norm_eps=1e-3),
+    "generation_config.json": lambda folder: (folder / "generation_config.json").unlink(),
+    "additional_chat_templates/rag.jinja": lambda folder: (
+        (folder / "additional_chat_templates").mkdir(),
+        (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_verify_finds_a_changed_tokenizer_template_or_config(good: Path, name: str) -> None:
+    (good / "results.json").write_text("{}")
+    (good / "README.md").write_text("mine")
+    assert run("verify", good, "-q").exit_code == 0
+    CHANGES[name](good)
+    result = run("verify", good, "-q")
+    assert result.exit_code == 3
+    assert f"changed since written: {name}" in result.stdout
+
+
+def test_verify_compares_the_tokenizers(good: Path) -> None:
+    """A forged recipe does not help: ids, texts and settings themselves are compared."""
+    shutil.copy(EXAMPLES / "roberta-mini" / "tokenizer.json", good)
+    recipe = json.loads((good / "prune_peak.json").read_text())
+    recipe["files"]["tokenizer.json"] = hashlib.sha256((good / "tokenizer.json").read_bytes()).hexdigest()
+    (good / "prune_peak.json").write_text(json.dumps(recipe))
+    assert run("verify", good, "-q").exit_code == 0
+    result = run("verify", good, "-q", "--original", EXAMPLES / "llama-mini")
+    assert result.exit_code == 3
+    assert "FAILED  tokenizer is the original's" in result.stdout
 
 
 def test_failed_verification_removes_the_result(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,11 @@ from prune_peak.export.folder import FolderWriter
 from prune_peak.models.config_checks import build_meta_model
 from prune_peak.models.families import tensors_by_block
 from prune_peak.models.loading import ModelSpec, open_model, open_model_spec
+from prune_peak.probes import Outputs
 from prune_peak.pruning.site_pruning import keep_best
 from prune_peak.sites.finding import find_sites
 from prune_peak.sites.hooks import ablated
 from prune_peak.sites.plan import SitePlan
-from prune_peak.verification import Outputs
 
 HIDDEN, WIDTH, KEPT, LENGTH = 24, 32, 16, 40
 ORIGINAL, POSITIONS = 16, 32  # positions; fewer than tokens, so that scaling by length matters

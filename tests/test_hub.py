@@ -248,3 +248,23 @@ def test_a_folder_that_does_not_verify_is_not_pushed(calm: LoopbackHub, cut: Pat
     assert done.exit_code == 1
     assert done.stderr.splitlines()[-1].startswith("Error: spoilt does not verify, so it was not pushed: ")
     assert "mini/spoilt" not in calm.repositories
+
+
+@pytest.mark.filterwarnings(CLIENT)
+def test_files_of_another_model_are_removed(calm: LoopbackHub, cut: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the same commit as the push, and said; what transformers does not look for stays."""
+    stale = ["adapter_config.json", "chat_template.jinja", "model-00001-of-00002.safetensors"]
+    stale += ["model.safetensors.index.json", "pytorch_model.bin"]
+    assert calm.storage is not None
+    repository = calm.storage / "stale"
+    repository.mkdir()
+    calm.repositories["mini/stale"] = repository
+    for name in [*stale, ".gitattributes", "results.json", "notes.txt", "config.json"]:
+        (repository / name).write_text("{}")
+    done = CliRunner().invoke(main, ["push", str(cut), "mini/stale"])
+    assert done.exit_code == 0, done.stderr
+    assert f"files of another model, which this push removes: {', '.join(stale)}." in caplog.text
+    left = {".gitattributes", "results.json", "notes.txt"}
+    assert {path.name for path in repository.iterdir()} == left | {path.name for path in cut.iterdir()}
+    assert len([request for request in calm.requests if "/commit/" in request]) == 1
+    assert (repository / "config.json").read_bytes() == (cut / "config.json").read_bytes()

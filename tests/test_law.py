@@ -29,13 +29,14 @@ from prune_peak.export.folder import FolderWriter
 from prune_peak.export.recipe import read_plan
 from prune_peak.models.loading import Model, open_model
 from prune_peak.models.streaming import Batch
+from prune_peak.probes import Outputs
 from prune_peak.pruning.site_pruning import select
 from prune_peak.sites.finding import find_sites
 from prune_peak.sites.hooks import ablated
 from prune_peak.sites.plan import SitePlan
 from prune_peak.sites.site import Site
 from prune_peak.stats.collection import collect
-from prune_peak.verification import FLOAT32_BOUND, Outputs
+from prune_peak.verification import FLOAT32_BOUND
 
 KEPT = 40
 AUTO = {

@@ -24,6 +24,7 @@ ORDER = [
     "hub",
     "studies",
     "verification",
+    "probes",
     "pruning",
     "export",
     "stats",

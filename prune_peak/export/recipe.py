@@ -98,10 +98,11 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         recipe = dict(read_json(folder / RECIPE_FILE))
         options = recipe["options"]
         flags = (options["refit"], options["keep_shape"])
-        well_formed = isinstance(recipe["tensors"], dict) and all(isinstance(flag, bool) for flag in flags)
+        digests = (recipe["tensors"], recipe["files"])
+        well_formed = all(isinstance(each, dict) for each in digests) and all(isinstance(flag, bool) for flag in flags)
         sites = options["sites"]
         if not well_formed or not isinstance(sites, list) or not sites or not set(sites) <= set(labels()):
-            raise TypeError("tensors, options.refit, options.keep_shape, options.sites")
+            raise TypeError("tensors, files, options.refit, options.keep_shape, options.sites")
         if options["unit"] not in UNITS:
             raise TypeError("options.unit")
         if not all(type(site["kept"]) is int and site["kept"] > 0 for site in recipe["sites"].values()):

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..conversion.layout import Conversion
 from ..errors import PrunePeakError
 from ..models.loading import Model
+from ..options import OWN
+from .digests import is_tokenizer
 from .folder import copy_side_files, write_config
 
 # A class that every release knows, and that reads tokenizer.json as it is
@@ -26,7 +28,6 @@ STRINGS = (
     "😀 🏳️‍🌈 \u200b\ufeff",
     "def f(x): return x ** 2  # code",
 )
-CHAT = [{"role": "user", "content": " Hi, 1234? "}, {"role": "assistant", "content": "Yes."}]
 
 
 def check_tokenizer(source: Model, conversion: Conversion) -> None:
@@ -35,7 +36,7 @@ def check_tokenizer(source: Model, conversion: Conversion) -> None:
     Raises:
         PrunePeakError: no file makes `AutoTokenizer` behave on the output as on the source.
     """
-    if conversion.config.model_type == source.config.model_type:
+    if conversion.output_class == OWN:
         return
     with tempfile.TemporaryDirectory() as name:
         write_config(conversion.config, Path(name) / "config.json")
@@ -49,10 +50,16 @@ def keep_tokenizer(source: Model, conversion: Conversion, folder: Path) -> None:
     Raises:
         PrunePeakError: `AutoTokenizer` behaves otherwise still.
     """
-    if conversion.config.model_type == source.config.model_type:
+    if conversion.output_class == OWN:
         return
     tokenizer = _load(source.folder)
     if tokenizer is None:
+        if any(is_tokenizer(path.name) for path in source.folder.iterdir()):
+            raise PrunePeakError(
+                f"the tokenizer of {source.name} cannot be loaded here, so it is not known what it does once "
+                f"{conversion.model_class.__name__} is written. Install what it needs (tokenizer.model: pip install "
+                "sentencepiece), or pass --output-class own."
+            )
         return
     expected = _behaviour(tokenizer, tokenizer)
     if _reads(folder, tokenizer, expected):
@@ -66,6 +73,12 @@ def keep_tokenizer(source: Model, conversion: Conversion, folder: Path) -> None:
             f"the tokenizer of {source.name} behaves otherwise once {conversion.model_class.__name__} is written. "
             "Choose another --output-class, or --output-class own."
         )
+
+
+def behaves_alike(source: Path, folder: Path) -> bool | None:
+    """Whether `AutoTokenizer` behaves on both folders alike; None where the source has no tokenizer."""
+    tokenizer = _load(source)
+    return None if tokenizer is None else _reads(folder, tokenizer, _behaviour(tokenizer, tokenizer))
 
 
 def _reads(folder: Path, source: PreTrainedTokenizerBase, expected: dict[str, Any]) -> bool:
@@ -82,7 +95,10 @@ def _load(folder: Path) -> Any:
 
 
 def _behaviour(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Ids, texts and settings to compare; special tokens are those of the source."""
+    """Ids, texts and settings to compare, over the special tokens of the source.
+
+    Templates are compared as text: with equal special tokens they render alike, and none of them is run.
+    """
     specials = list(source.all_special_tokens)
     texts = [*STRINGS, *(f"a{token} b {token}c" for token in specials)]
     ids: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
@@ -92,14 +108,5 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBa
         "plain": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
         "texts": [tokenizer.decode(each) for each in ids],
         "words": [tokenizer.decode(each, skip_special_tokens=True) for each in ids],
-        "chat": _render(tokenizer) if tokenizer.chat_template else None,
         **{name: getattr(tokenizer, name) for name in names},
     }
-
-
-def _render(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat by the template, or the error of a template that refuses it."""
-    try:
-        return str(tokenizer.apply_chat_template(CHAT, tokenize=False))
-    except Exception as error:  # a template raises what it likes
-        return repr(error)

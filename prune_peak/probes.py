@@ -1,0 +1,118 @@
+"""Run the original and the result on the same inputs, whole or block by block, for `verify` to compare."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from .models.bfloat16 import fast_products
+from .models.execution import CPU, ExecutionConfig
+from .models.loading import IMAGES, Model
+from .models.streaming import Batch, BlockStream
+from .sites.hooks import ablated
+from .sites.plan import SitePlan
+from .sites.site import Site
+
+DECODED = 24  # tokens of cached decoding
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The ablation of the original."""
+
+    sites: Sequence[Site]
+    plan: Mapping[str, SitePlan]
+
+    def on(self, model: PreTrainedModel, block: int | None = None) -> AbstractContextManager[None]:
+        """Hold the neurons of one block, or of all."""
+        return ablated(model, [site for site in self.sites if block in (None, site.block)], self.plan)
+
+
+@dataclass
+class Outputs:
+    """Logits of all tokens but padding, by stage, and the decoded tokens."""
+
+    logits: dict[str, Tensor]
+    decoded: Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(logits.isfinite().all()) for logits in self.logits.values())
+
+
+def probe_batches(model: Model, probes: int) -> list[Batch]:
+    """Inputs to compare outputs on: noise images; or random tokens, in full windows and left-padded ones."""
+    generator, config = torch.Generator().manual_seed(0), model.config
+    if model.sees_images:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return [{IMAGES: torch.randn(probes, config.num_channels, height, width, generator=generator)}]
+    longest = model.positions or 128
+    length = max(2, min(96, longest - DECODED))
+    full = torch.randint(config.vocab_size, (probes, length), generator=generator)
+    padded = torch.randint(config.vocab_size, (probes, length // 2), generator=generator)
+    mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
+    return [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
+
+
+class Whole:
+    """A stock model with all its weights in memory, under its hooks."""
+
+    def __init__(self, model: Model, dtype: torch.dtype, hooks: Hooks | None = None) -> None:
+        self.model = model.model_class.from_pretrained(model.folder, dtype=dtype).eval()
+        self.hooks = hooks
+
+    @torch.inference_mode()
+    def run(self, batches: Sequence[Batch], teacher: Outputs | None = None) -> Outputs:
+        """Prefill of every batch; then greedy decoding with a cache after the first, following the teacher's tokens."""
+        with fast_products(), self.hooks.on(self.model) if self.hooks else nullcontext():
+            logits = _collect_prefills(batches, [self.model(**batch) for batch in batches])
+            if not self.model.can_generate():
+                return Outputs(logits)
+            cache = DynamicCache(config=self.model.config)
+            output = self.model(batches[0]["input_ids"], past_key_values=cache, use_cache=True)
+            steps, tokens = [], []
+            for step in range(DECODED):
+                steps.append(output.logits[:, -1].float())
+                tokens.append(steps[-1].argmax(-1))
+                fed = tokens[-1] if teacher is None or teacher.decoded is None else teacher.decoded[:, step]
+                output = self.model(fed[:, None], past_key_values=cache, use_cache=True)
+            logits["cached decoding"] = torch.stack(steps, dim=1)
+            return Outputs(logits, torch.stack(tokens, dim=1))
+
+
+def run_streamed(
+    model: Model, batches: Sequence[Batch], dtype: torch.dtype, hooks: Hooks | None, execution: ExecutionConfig
+) -> Outputs:
+    """Prefill of every batch, block by block; without cached decoding."""
+    in_memory = replace(execution, hidden_states_on_disk=False, device=CPU)  # few tokens
+    stream = BlockStream(model, batches, dtype, in_memory)
+    for step in tqdm(stream.steps(), total=stream.blocks, desc="verify", unit="block"):
+        with hooks.on(stream.model, step.index) if hooks else nullcontext():
+            for _ in step.run():
+                pass
+    with hooks.on(stream.model, stream.blocks) if hooks else nullcontext():
+        outputs = list(stream.outputs())
+    return Outputs(_collect_prefills(batches, outputs))
+
+
+def _collect_prefills(batches: Sequence[Batch], outputs: Sequence[Any]) -> dict[str, Tensor]:
+    """The logits of every batch, and the pooled output where a model has one besides."""
+    logits = {}
+    for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
+        logits[f"prefill {number}"] = _without_padding(batch, output)
+        if getattr(output, "pooler_output", None) is not None:
+            logits[f"pooled {number}"] = output.pooler_output.float()
+    return logits
+
+
+def _without_padding(batch: Batch, output: Any) -> Tensor:
+    logits: Tensor = (output.logits if hasattr(output, "logits") else output[0]).float()
+    mask = batch.get("attention_mask")
+    per_token = logits.dim() == 3  # not a classifier
+    return logits[mask.bool()] if mask is not None and per_token else logits
