@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .compression import compress as compress
     from .evaluation.comparison import evaluate as evaluate
     from .export.formats import export_model as export_model
+    from .heal import HealResult as HealResult
+    from .heal import heal as heal
     from .hub import push as push
     from .inspection import inspect as inspect
     from .models.loading import Model as Model
@@ -44,6 +46,8 @@ _MODULES = {
     "evaluate": "evaluation.comparison",
     "export_model": "export.formats",
     "find_studied": "studies.runner",
+    "HealResult": "heal",
+    "heal": "heal",
     "inspect": "inspection",
     "load_whole": "studies.runner",
     "open_model": "models.loading",

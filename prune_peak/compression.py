@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .conversion.layout import Conversion
+from .data.chat import find_template
 from .errors import VerificationError
 from .evaluation.quality import EvalResult, build_held_out_eval_set, check_collapse, measure_quality
+from .evaluation.talk import ASKED, Talk, describe_talk, measure_talk, read_prompts, warn_of_talk
 from .export.card import write_card
 from .export.digests import digest_files
 from .export.folder import FolderWriter
@@ -44,6 +46,7 @@ class CompressionResult:
     keep_shape: bool  # pruned weights are zero, not deleted
     quality_before: EvalResult | None  # None where the model predicts no tokens
     quality_after: EvalResult | None
+    talk: Sequence[Talk]  # of the model before and after; empty for large models and without a chat template
     fills: Mapping[str, int]  # number of sites by fill
     zero_filled: Sequence[str]  # kinds of site whose constants are zero, because the class has no bias for them
     refits: Mapping[str, RefitResult]  # by the site's name; empty without the refit
@@ -83,12 +86,14 @@ def compress(
         _warn_few_tokens(job, results)
         written = open_model(str(run.checkpoint))
         quality = _evaluate_both(job, written, calibration)
-        recipe = _describe(job, written, conversion, calibration, results, quality)
+        talk = _compare_talk(job, written)
+        recipe = _describe(job, written, conversion, calibration, results, quality) | describe_talk(talk)
+        recipe["warnings"] += warn_of_talk(talk)
         recipe |= {"tensors": digests, "files": digest_files(run.checkpoint)}
         verification = _verify(job, run.checkpoint, recipe)
         write_card(run.checkpoint, recipe, job.source)
         run.finish()
-    return _summarize(job, conversion, recipe, results, quality, verification)
+    return _summarize(job, conversion, recipe, results, quality, talk, verification)
 
 
 def _choose_conversion(job: Job, calibration: Calibration, run: ResumableRun) -> Conversion:
@@ -140,6 +145,14 @@ def _evaluate_both(job: Job, written: Model, calibration: Calibration) -> tuple[
         measure_quality(model, eval_set, calibration.dtype, job.execution) for model in (job.source, written)
     )
     return before, after
+
+
+def _compare_talk(job: Job, written: Model) -> list[Talk]:
+    """Answers of the source and of the result to some prompts; none of large models and of those without a template."""
+    small = job.source.size <= job.execution.whole_size and job.source.meta_model.can_generate()
+    if not small or find_template(job.source) is None:
+        return []
+    return measure_talk([job.source, written], read_prompts()[:ASKED])
 
 
 def _describe(
@@ -194,6 +207,7 @@ def _summarize(
     recipe: Mapping[str, Any],
     results: Mapping[str, SiteResult],
     quality: tuple[EvalResult | None, EvalResult | None],
+    talk: Sequence[Talk],
     verification: Verification,
 ) -> CompressionResult:
     return CompressionResult(
@@ -206,6 +220,7 @@ def _summarize(
         keep_shape=job.options.keep_shape,
         quality_before=quality[0],
         quality_after=quality[1],
+        talk=talk,
         fills=dict(Counter(result.fill for result in results.values())),
         zero_filled=conversion.zero_filled,
         refits={name: result.refit for name, result in results.items() if result.refit is not None},

@@ -18,7 +18,7 @@ from .models.bfloat16 import factor_type
 from .models.execution import BATCH_TOKENS, DTYPES, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
 from .models.families import find_blocks
 from .models.loading import Model, count_patches
-from .options import PROCESSOR, CalibrationOptions
+from .options import FULL, PROCESSOR, CalibrationOptions
 from .sites.site import Site
 
 BASE_MEMORY = 600_000_000  # bytes of a process after importing torch and transformers and drawing a figure
@@ -26,6 +26,7 @@ MACHINE_SHARE = 0.8  # default budget as a share of the physical memory
 ROOMY = 3  # keep freed memory if the budget is this many times the estimate
 PROBED_TOKENS = 1400  # tokens of which verification of a whole model holds the logits
 STREAMED_TOKENS = 600  # the same for larger models, which run block by block
+LOGITS_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 14, 4  # of a token, that backpropagation keeps (bench/healing.py)
 PASSAGE_TOKENS = 64 * 128  # tokens of self-generated text that are sampled at once
 
 
@@ -62,8 +63,8 @@ def plan_execution(
         other = _own_text_memory(source)
         if other > budget:
             raise PrunePeakError(
-                f"{source.name} generates its own text with the whole model, which needs {_gigabytes(other)} of "
-                f"memory; the budget is {_gigabytes(budget)}. Pass --calibration FILE or a larger --max-memory."
+                f"{source.name} generates its own text with the whole model, which needs {gigabytes(other)} of "
+                f"memory; the budget is {gigabytes(budget)}. Pass --calibration FILE or a larger --max-memory."
             )
     verifying = BASE_MEMORY + 4 * source.parameters + 12 * PROBED_TOKENS * getattr(source.config, "vocab_size", 0)
     whole_size = WHOLE_SIZE if verifying <= budget else 0
@@ -81,7 +82,7 @@ def plan_execution(
                 )
     least = _most_resident(source, workload, workload.length, True)
     raise PrunePeakError(
-        f"{source.name} needs {_gigabytes(least)} of memory with these options; the budget is {_gigabytes(budget)}. "
+        f"{source.name} needs {gigabytes(least)} of memory with these options; the budget is {gigabytes(budget)}. "
         f"{_advice(source, workload, budget)}Otherwise pass a larger --max-memory."
     )
 
@@ -97,7 +98,7 @@ def _advice(source: Model, workload: Workload, budget: int) -> str:
     if workload.refit:
         bare = replace(workload, refit=False)
         if _most_resident(source, bare, workload.length, True) <= budget:
-            return f"--no-refit needs {_gigabytes(_most_resident(source, bare, workload.length, True))}. "
+            return f"--no-refit needs {gigabytes(_most_resident(source, bare, workload.length, True))}. "
     return "A shorter --sequence-length needs less. " if workload.length > 128 else ""
 
 
@@ -144,7 +145,18 @@ def _is_outside(source: Model, name: str) -> bool:
     return f"{source.family.blocks}." not in name
 
 
-def _gigabytes(size: int) -> str:
+def estimate_healing(original: Model, model: Model, tokens: int, method: str) -> int:
+    """Estimated peak of resident bytes of `heal`, with `tokens` in one pass."""
+    config = model.config
+    trained = model.parameters if method == FULL else 0  # adapters are a few per cent
+    states = 4 * (original.parameters + model.parameters + 3 * trained)  # gradient and two moments, in float32
+    logits = 4 * LOGITS_COPIES * tokens * int(config.vocab_size)
+    kept = HIDDEN_COPIES * int(config.hidden_size) + MLP_COPIES * int(getattr(config, "intermediate_size", 0))
+    return BASE_MEMORY + states + logits + 4 * tokens * len(find_blocks(model.meta_model, model.family)) * kept
+
+
+def gigabytes(size: int) -> str:
+    """A size for messages."""
     return f"{size / 1e9:.2f} GB"
 
 

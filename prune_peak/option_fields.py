@@ -27,7 +27,8 @@ def option(
         text: its help.
         choices: the allowed values; several for a tuple.
         least, most: the smallest and the largest allowed number.
-        parse: how the command line reads it: ratio, size, names, data, file, folder or seed; by its type otherwise.
+        parse: how the command line reads it: ratio, size, count, names, data, one (data set), file, folder or seed;
+            by its type otherwise.
         shown: how the help shows the default, where its value does not say it.
     """
     return field(

@@ -16,6 +16,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 ELIMINATION, DEVIATION = "elimination", "deviation"  # the default scores, with the refit and without it
 RANDOM, RANKED = "random", "ranked"
 RESAMPLE = "resample"
+METHODS = FULL, LORA = ("full", "lora")  # what `heal` trains
 EVALUATED = 24  # windows of an evaluation text, from its start
 INSPECTED_RATIO = 0.3  # what `inspect` assumes where neither a ratio nor a target is given
 
@@ -205,6 +206,7 @@ class CompressCommand(CompressOptions):
 
     push_to_hub: str | None = option(None, "Push the result to this repository, made if it does not exist.")
     private: bool = option(False, "Make that repository a private one.")
+    heal: bool = option(False, "Heal the result as `prune-peak heal` does by default, into <output>-healed.")
     dry_run: bool = option(False, "Describe what would happen and what it would take, and stop.")
 
 
@@ -249,64 +251,44 @@ class EvaluateCommand(EvaluateOptions):
     """The options of `evaluate` on the command line."""
 
     latency: bool = option(False, "Time prefill and cached decoding, the models in turns.")
+    talk: bool = option(
+        False, "Compare answers to 40 prompts: loops, ends, length, and the divergence from the first model."
+    )
+    prompts: str | Path | None = option(None, "File of other prompts, one a line; implies --talk.", parse="file")
     tasks: tuple[str, ...] | None = option(
         None, "Tasks of lm-evaluation-harness, or YAML files that define some.", parse="names"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateOptions(CalibrationOptions):
-    """The options of `ablate`."""
+class HealOptions(ResourceOptions, SeedOptions, HubOptions):
+    """The options of `heal`."""
 
-    output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="./<name>-ablation")
-    fill: tuple[str, ...] = option(
-        (),
-        f"What the neurons are held at; `{RESAMPLE}`: at their values for another token.",
-        lambda: (*FILLS, RESAMPLE),
-        shown="all",
+    original: str | None = option(
+        None, "The original (folder or Hub id).", shown="the Hub id that the folder was compressed from"
     )
-    fraction: tuple[float, ...] = option(
-        tuple(step / 10 for step in range(10)),
-        "Share of the neurons of every site that is held.",
-        least=0,
-        most=1,
-        shown="0, 0.1 ... 0.9",
-    )
-    sites: tuple[str, ...] | None = option(
-        None, "mlp or attention; one after the other.", parse="names", shown="all that the family has"
-    )
-    select: str = option(RANDOM, "Neurons at random, or those of the lowest score first.", lambda: (RANDOM, RANKED))
-    score: str = option(
-        "variance", "Score that ranks them.", lambda: [name for name in SCORES if name not in (ELIMINATION, RANDOM)]
-    )
-    seeds: int = option(3, "Random choices of neurons; a ranked study has one.", least=1)
-    data: tuple[str, ...] | None = option(
+    data: str | None = option(
         None,
-        "Text to evaluate on; or labelled images, FOLDER/<label>/<image>, which without --calibration also calibrate.",
-        parse="data",
-        shown="other windows of the calibration",
+        "Data to learn on: self (text and chat that the original writes), a text, or a Hub data set.",
+        parse="one",
+        shown="that of the calibration",
     )
-    samples: int = option(8, "Windows (or images) of calibration.", least=1)
-    windows: int | None = option(
-        None, "Windows (or images) to evaluate on, others than those of calibration.", least=1, shown="as --samples"
+    tokens: int = option(50_000, "Tokens to learn on, e.g. 50k.", least=1, parse="count")
+    method: str | None = option(
+        None,
+        "Train all weights (full), or adapters that are merged at the end (lora, needs the extra `lora`).",
+        lambda: METHODS,
+        shown="full if it fits --max-memory, else lora",
     )
-    force: bool = option(False, "Start over where the folder holds another study.")
+    output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="DIR-healed")
+    force: bool = option(False, "Replace the output folder if it exists.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeOptions(ComputeOptions, SeedOptions):
-    """The options of `analyze`."""
+class HealCommand(HealOptions):
+    """The options of `heal` on the command line."""
 
-    output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="./<name>-analysis")
-    data: tuple[str, ...] = option(
-        (SELF,), "Text (or folder of images) to measure on; several are compared with each other.", parse="data"
-    )
-    neuron: tuple[str, ...] = option(
-        (), "KIND:BLOCK:NEURON, such as mlp:3:17: a neuron to draw beside the most extreme ones."
-    )
-    samples: int = option(16, "Windows of each text to measure on.", least=1)
-    windows: int = option(8, "Others of each text to evaluate on, with several texts.", least=1)
-    force: bool = option(False, "Write into the folder though it exists.")
+    dry_run: bool = option(False, "Say what it would take, and stop.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +296,9 @@ class VerifyOptions(HubOptions):
     """The options of `verify`."""
 
     original: str | None = option(None, "The original (folder or Hub id), to compare tensors and outputs with.")
+    data: str | None = option(
+        None, "The text that a healed folder learned on, to measure its held-out windows again.", parse="one"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ unexpected or mismatched, and compute what the original computes with the pruned
 (sites/hooks.py).
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,21 +17,29 @@ import transformers
 
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
+from .data.chat import load_stock
 from .errors import PrunePeakError
+from .evaluation.divergence import measure_distance
 from .export.digests import changed_files, changed_tensors
 from .export.folder import prune_block
 from .export.recipe import read_plan, read_recipe
 from .export.tokenizer import behaves_alike
-from .models.execution import ExecutionConfig
+from .healing.training import into_batches
+from .healing.windows import HELD_OUT_FILE, choose_data, load_data
+from .models.execution import CPU, ExecutionConfig
 from .models.families import tensors_by_block
 from .models.loading import Model, open_model
+from .options import SELF
 from .probes import Hooks, Outputs, Whole, probe_batches, run_streamed
 from .sites.finding import find_sites
 from .sites.plan import SitePlan
 from .sites.site import Site
 
+log = logging.getLogger(__name__)
+
 FLOAT32_BOUND = 2e-5  # largest difference, relative to the logits' largest magnitude
 ROUNDING_BOUND = 1.2  # in a narrower dtype: distance to the exact result, relative to the source's own distance
+TOLD_BOUND = 0.02  # share by which a healed model's divergence may differ from the recipe's, on another machine
 PROBES, STREAMED_PROBES = 8, 4  # windows of random tokens to compare on; fewer for models that are streamed
 
 
@@ -52,8 +61,15 @@ def verify(
     folder: Path,
     original: Model | None = None,
     execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
+    data: str | None = None,
 ) -> Verification:
-    """Check a folder that `compress` wrote, against its own recipe and, where given, against the original.
+    """Check a folder that `compress` or `heal` wrote, against its own recipe and, where given, against the original.
+
+    Args:
+        folder: what was written.
+        original: what it was compressed from.
+        execution: the device and the memory to stay within.
+        data: the text that a healed folder learned on, to measure its held-out windows again.
 
     Raises:
         PrunePeakError: prune-peak did not write the folder, or it belongs to another original.
@@ -65,7 +81,9 @@ def verify(
         return result
     written = open_model(str(folder))
     _check_loading(result, written)
-    if result.passed and original is not None:
+    if result.passed and "healing" in recipe:
+        _check_healing(result, folder, recipe, original, written, data)
+    elif result.passed and original is not None:
         options = recipe["options"]
         sites = find_sites(
             original.meta_model, original.family, options["sites"], options["unit"], options["keep_shape"]
@@ -148,6 +166,42 @@ def _check_digests(result: Verification, folder: Path, recipe: Mapping[str, Any]
     ):
         seen = f"{count} {what} as written" if not changed else f"changed since written: {', '.join(changed[:3])}"
         result.add(f"{what} are those that were written", not changed, seen)
+
+
+def _check_healing(
+    result: Verification,
+    folder: Path,
+    recipe: Mapping[str, Any],
+    original: Model | None,
+    written: Model,
+    data: str | None,
+) -> None:
+    """Learned weights have no law to follow: they are finite, in the shapes of the parent, and as near as is told."""
+    healing = recipe["healing"]
+    same = healing["parent_tensors"].keys() == set(written.checkpoint.names)
+    finite = all(bool(written.read(name).isfinite().all()) for name in written.names)
+    written.checkpoint.release()
+    seen = "the parent's names, all values finite" if same and finite else "other names, or values that are not finite"
+    result.add("tensors are those of a healed model", same and finite, seen)
+    if original is None:
+        return
+    if original.digest != recipe["source"]["digest"]:
+        raise PrunePeakError(f"{original.name} is not the original of this folder.")
+    _check_tokenizer(result, original, written)
+    if healing["data"] == SELF:
+        rows = load_data(folder / HELD_OUT_FILE).held_out
+    elif data is not None:
+        rows = choose_data(original, recipe, data, healing["tokens"], healing["seed"]).held_out
+    else:
+        log.warning("The held-out windows are not measured again: pass the text %s with --data.", healing["data"])
+        return
+    batches = into_batches(rows, CPU)
+    found, told = (
+        measure_distance(load_stock(original), load_stock(written), batches).kl,
+        healing["divergence"]["after"],
+    )
+    seen = f"divergence {found:.4f} on held-out windows, told {told:.4f}; other promises of compress no longer hold"
+    result.add("as near to the original as told", abs(found - told) <= TOLD_BOUND * told, seen)
 
 
 def _check_tokenizer(result: Verification, original: Model, written: Model) -> None:

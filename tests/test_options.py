@@ -23,36 +23,37 @@ from prune_peak.options import (
     FILLS,
     FORMATS,
     SCORES,
-    AblateOptions,
-    AnalyzeOptions,
     CalibrationOptions,
     CompressOptions,
 )
 from prune_peak.pruning import scores
 from prune_peak.pruning.scores import Candidates
+from prune_peak.studies.options import AblateOptions, AnalyzeOptions
 
 MODEL = EXAMPLES / "llama-mini"
 FEW = {"samples": 4, "sequence_length": 64}
 DOCS = EXAMPLES.parent / "docs" / "cli.md"
 # command: the options of the function behind it
 COMMANDS: dict[str, type[Options]] = {
-    "ablate": options.AblateOptions,
-    "analyze": options.AnalyzeOptions,
+    "ablate": AblateOptions,
+    "analyze": AnalyzeOptions,
     "calibrate": options.CalibrateOptions,
     "compress": options.CompressCommand,
     "evaluate": options.EvaluateCommand,
     "export": options.ExportOptions,
+    "heal": options.HealCommand,
     "inspect": options.InspectOptions,
     "push": options.PushOptions,
     "verify": options.VerifyOptions,
 }
 FUNCTIONS = {
-    "ablate": options.AblateOptions,
-    "analyze": options.AnalyzeOptions,
+    "ablate": AblateOptions,
+    "analyze": AnalyzeOptions,
     "calibrate": options.CalibrateOptions,
     "compress": options.CompressOptions,
     "evaluate": options.EvaluateOptions,
     "export_model": options.ExportOptions,
+    "heal": options.HealOptions,
     "inspect": options.InspectOptions,
     "push": options.PushOptions,
 }

@@ -19,12 +19,14 @@ MODULES = {
 ORDER = [
     "cli",
     "compression",
+    "heal",
     "inspection",
     "job",
     "hub",
     "studies",
     "verification",
     "probes",
+    "healing",
     "pruning",
     "export",
     "stats",
@@ -40,7 +42,7 @@ ORDER = [
     "version",
     "errors",
 ]
-TORCH_FREE = ["prune_peak.options", "prune_peak.errors", "prune_peak.version"]
+TORCH_FREE = ["prune_peak.options", "prune_peak.studies.options", "prune_peak.errors", "prune_peak.version"]
 
 MODULE_LINES = 350
 FUNCTION_LINES = 60

@@ -25,12 +25,13 @@ from prune_peak.evaluation.quality import (
 )
 from prune_peak.export.recipe import read_plan
 from prune_peak.models.loading import IMAGES, open_model
-from prune_peak.options import FILLS, SELF, AblateOptions
+from prune_peak.options import FILLS, SELF
 from prune_peak.sites.finding import find_sites, labels
 from prune_peak.sites.hooks import ablated, draw_others, resampled
 from prune_peak.sites.plan import SitePlan
 from prune_peak.studies.ablation import ablate
 from prune_peak.studies.curves import CROSS_ENTROPY, Curve, is_significant, mean_and_error
+from prune_peak.studies.options import AblateOptions
 from prune_peak.studies.runner import TrialRunner, find_studied, load_whole, summarize
 from prune_peak.studies.study_data import load_study_data
 from prune_peak.studies.trials import Trial

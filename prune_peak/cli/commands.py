@@ -1,33 +1,42 @@
 """One function per command: parse, call, print. Results go to stdout, progress and warnings to stderr."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError, one_line
 from ..options import (
-    AblateOptions,
-    AnalyzeOptions,
     CalibrateOptions,
     CompressCommand,
     EvaluateCommand,
     ExportOptions,
+    HealCommand,
+    HealOptions,
     InspectOptions,
     PushOptions,
     VerifyOptions,
 )
+from ..studies.options import AblateOptions, AnalyzeOptions
 from .output import (
     print_analysis,
     print_comparison,
     print_compression,
+    print_healing,
+    print_healing_cost,
     print_inspection,
     print_latency,
     print_scores,
     print_study,
+    print_talk,
 )
 from .parameters import echo_json, model_argument, models_argument, options_of, output_options
+
+if TYPE_CHECKING:
+    from ..compression import CompressionResult
+    from ..heal import HealResult
 
 FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
@@ -36,7 +45,9 @@ FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path)
 @model_argument
 @options_of(CompressCommand)
 @output_options
-def compress(model: str, as_json: bool, dry_run: bool, push_to_hub: str | None, private: bool, **options: Any) -> None:
+def compress(
+    model: str, as_json: bool, dry_run: bool, push_to_hub: str | None, private: bool, heal: bool, **options: Any
+) -> None:
     """Prune neurons, fold their peaks, refit the rest, and write a smaller checkpoint for stock transformers.
 
     DATA is `self` (text that the model generates), a .txt or .jsonl file, a folder of images, or a Hub data set.
@@ -45,6 +56,7 @@ def compress(model: str, as_json: bool, dry_run: bool, push_to_hub: str | None, 
     Examples:
       prune-peak compress HuggingFaceTB/SmolLM2-135M --ratio 0.3
       prune-peak compress ./my-model --ratio 0.2 --calibration notes.txt --output smaller
+      prune-peak compress ./my-model --ratio 0.3 --calibration notes.txt --heal
       prune-peak compress ./my-model --ratio mlp=0.2,attention=0.33
       prune-peak compress ./my-model --target-params 0.8 --sites mlp,attention
     """
@@ -64,13 +76,27 @@ def compress(model: str, as_json: bool, dry_run: bool, push_to_hub: str | None, 
     result = run(model, **options)
     if not as_json:
         print_compression(result)
-    address = None if push_to_hub is None else push(result.output, push_to_hub, private=private)
+    healed = _heal_result(model, result, options) if heal else None
+    if healed is not None and not as_json:
+        click.echo()
+        print_healing(healed)
+    output = result.output if healed is None else healed.output
+    address = None if push_to_hub is None else push(output, push_to_hub, private=private)
     if as_json:
-        echo_json(result.to_json() | ({} if address is None else {"url": address}))
+        parts = {} if healed is None else {"healed": healed.to_json()}
+        echo_json(result.to_json() | parts | ({} if address is None else {"url": address}))
     elif address is not None:
         click.echo(f"\nPushed to {address}")
     for warning in result.warnings:
         click.secho(f"WARNING: {warning}", fg="red", bold=True, err=True)
+
+
+def _heal_result(model: str, result: "CompressionResult", options: Mapping[str, Any]) -> "HealResult | None":
+    from ..heal import heal as run
+
+    names = ("revision", "seed", "max_memory", "device", "force")
+    data = options["calibration"][0]
+    return run(result.output, original=model, data=data, **{name: options[name] for name in names})
 
 
 @click.command(short_help="Measure a model once, for several runs of compress.")
@@ -99,6 +125,36 @@ def calibrate(model: str, as_json: bool, **options: Any) -> None:
         click.echo(f"Written to {result['output']}.")
 
 
+@click.command(short_help="Let a compressed model learn back from the original.")
+@FOLDER
+@options_of(HealCommand)
+@output_options
+def heal(folder: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Train a folder that `compress` wrote to predict what the original predicts, and write another folder.
+
+    The class and the shapes stay. Without --data, it learns on the text of the calibration; a model that was calibrated
+    on its own text learns on text and chat that the original writes. The best state on held-out windows is kept; where
+    nothing gets better, nothing is written. A run that was stopped resumes.
+
+    \b
+    Examples:
+      prune-peak heal SmolLM2-135M-peak-0.3
+      prune-peak heal ./smaller --original ./my-model --data notes.txt --tokens 200k
+      accelerate launch -m prune_peak heal ./smaller --original ./my-model
+    """
+    from ..heal import heal as run
+    from ..heal import prepare_heal
+
+    if dry_run:
+        job = prepare_heal(folder, HealOptions(**options))
+        cost = {"method": job.method, "minutes": round(job.minutes, 1), "memory": job.memory, "disk": job.disk}
+        echo_json(cost) if as_json else print_healing_cost(cost)
+        return
+    result = run(folder, **options)
+    if result is not None:
+        echo_json(result.to_json()) if as_json else print_healing(result)
+
+
 @click.command(short_help="Show what can be pruned and what it would save.")
 @model_argument
 @options_of(InspectOptions)
@@ -120,10 +176,11 @@ def inspect(model: str, as_json: bool, **options: Any) -> None:
 @FOLDER
 @options_of(VerifyOptions)
 @output_options
-def verify(folder: Path, original: str | None, revision: str | None, as_json: bool) -> None:
+def verify(folder: Path, original: str | None, revision: str | None, data: str | None, as_json: bool) -> None:
     """Check that a folder is what `compress` wrote, and that it computes what the original with held neurons computes.
 
-    Refitted weights are taken from the folder; an evaluation shows how good they are.
+    Refitted weights are taken from the folder; an evaluation shows how good they are. Of a folder that `heal` wrote, it
+    measures the divergence from the original again.
 
     Exits with 0 if every check passes, with 3 if one fails.
 
@@ -134,7 +191,7 @@ def verify(folder: Path, original: str | None, revision: str | None, as_json: bo
     from ..models.loading import open_model
     from ..verification import verify as run
 
-    result = run(folder, None if original is None else open_model(original, revision))
+    result = run(folder, None if original is None else open_model(original, revision), data=data)
     if as_json:
         echo_json({"passed": result.passed, "checks": result.checks})
     else:
@@ -173,32 +230,44 @@ def ablate(model: str, as_json: bool, **options: Any) -> None:
 @options_of(EvaluateCommand)
 @output_options
 def evaluate(
-    models: tuple[str, ...], as_json: bool, latency: bool, tasks: tuple[str, ...] | None, **options: Any
+    models: tuple[str, ...],
+    as_json: bool,
+    latency: bool,
+    talk: bool,
+    prompts: Path | None,
+    tasks: tuple[str, ...] | None,
+    **options: Any,
 ) -> None:
     """Measure models side by side; the others are compared with the first.
 
     \b
     Examples:
       prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.3 --data test.txt
+      prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.3 --talk
       prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.5 --latency
       prune-peak evaluate SmolLM2-135M-peak-0.3 --tasks arc_easy,hellaswag
     """
-    if not options["data"] and not latency and tasks is None:
-        raise UsageError("nothing to measure; pass --data DATA, --latency or --tasks NAME,....")
+    talk = talk or prompts is not None
+    if not options["data"] and not latency and not talk and tasks is None:
+        raise UsageError("nothing to measure; pass --data DATA, --talk, --latency or --tasks NAME,....")
     from ..evaluation.comparison import evaluate as run
     from ..evaluation.latency import measure_latency
     from ..evaluation.lm_eval_tasks import run_tasks
+    from ..evaluation.talk import evaluate_talk
 
     common = {name: options[name] for name in ("dtype", "revision")}
     comparisons: list[Any] = run(models, **options) if options["data"] else []
     speeds = measure_latency(models, **common) if latency else []
+    answers = evaluate_talk(models, prompts, options["revision"]) if talk else []
     scores = run_tasks(models, tasks, **common) if tasks is not None else []
     if as_json:
-        parts: dict[str, list[Any]] = {"comparisons": comparisons, "latency": speeds, "tasks": scores}
+        parts: dict[str, list[Any]] = {"comparisons": comparisons, "talk": answers, "latency": speeds, "tasks": scores}
         echo_json({name: [part.to_json() for part in each] for name, each in parts.items() if each})
         return
     for comparison in comparisons:
         print_comparison(comparison)
+    if answers:
+        print_talk(answers)
     if speeds:
         print_latency(speeds)
     if scores:
@@ -267,4 +336,4 @@ def export(folder: Path, file: Path, as_json: bool, **options: Any) -> None:
     echo_json({"output": str(path), "bytes": size}) if as_json else click.echo(f"Written to {path} ({size:,} bytes).")
 
 
-COMMANDS = (compress, calibrate, inspect, verify, evaluate, analyze, ablate, push, export)
+COMMANDS = (compress, heal, calibrate, inspect, verify, evaluate, analyze, ablate, push, export)

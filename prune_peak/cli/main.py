@@ -35,7 +35,8 @@ class Group(click.Group):
 
     def _invoke(self, context: click.Context) -> Any:
         try:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            alone = context._protected_args == ["heal"]  # accelerate joins its processes itself
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not alone:
                 return self._invoke_together(context)
             return super().invoke(context)
         except UsageError as error:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ..evaluation.latency import Latency
     from ..evaluation.lm_eval_tasks import Scores
     from ..evaluation.quality import EvalResult
+    from ..evaluation.talk import Talk
+    from ..heal import HealResult
     from ..inspection import Cost, Inspection
     from ..studies.ablation import Study
     from ..studies.analysis import Analysis
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def print_compression(result: "CompressionResult") -> None:
     """Sizes and quality before and after, and how to load the result."""
     before, after = result.before, result.after
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("", "before", "after", "change"),
         *(
             (f"{kind} neurons", f"{before.neurons[kind]:,}", f"{after.neurons[kind]:,}", f"-{share:.1%}")
@@ -39,6 +41,10 @@ def print_compression(result: "CompressionResult") -> None:
             rows.append(
                 ("cross-entropy", f"{first.loss:.3f}", f"{second.loss:.3f}", f"{second.loss - first.loss:+.3f}")
             )
+    if result.talk:
+        talks = result.talk
+        rows.append(("answers that loop", *(f"{talk.loops} of {talk.prompts}" for talk in talks), ""))
+        rows.append(("KL along the original's answers", *(f"{talk.divergence:.3f}" for talk in talks), ""))
     click.echo(_table(rows))
     if first:
         click.echo(f"{first.metric.capitalize()} on {first.text}: {first.protocol}.")
@@ -63,6 +69,48 @@ def print_compression(result: "CompressionResult") -> None:
     click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")
     name = "processor" if result.sees_images else "tokenizer"
     click.echo(f"  {name} = {loader}.from_pretrained({str(result.output)!r})")
+
+
+def print_healing(result: "HealResult") -> None:
+    """The distance from the original before and after."""
+    r = result
+    rows = [
+        ("", "original", "compressed", "healed"),
+        ("KL from the original, nats per token", "0", f"{r.divergence_before:.4f}", f"{r.divergence_after:.4f}"),
+        ("perplexity", *(f"{p:.2f}" for p in (r.perplexity_original, r.perplexity_before, r.perplexity_after))),
+    ]
+    click.echo(_table(rows))
+    click.echo(f"On held-out windows of {r.data}; {r.tokens:,} tokens learned ({r.method}).")
+    click.echo(f"\nVerified. Written to {r.output}; it loads as the compressed folder does.")
+
+
+def print_healing_cost(cost: Mapping[str, Any]) -> None:
+    """What `heal` would take."""
+    rows = [
+        ("method", cost["method"]),
+        ("minutes", f"{cost['minutes']:.1f}"),
+        ("memory", f"{cost['memory'] / 1e9:.2f} GB at most"),
+        ("disk", f"{cost['disk'] / 1e9:.2f} GB while it runs"),
+    ]
+    click.echo(_table(rows))
+
+
+def print_talk(answers: Sequence["Talk"]) -> None:
+    """Loops, ends and lengths, one column per model; and two answers side by side."""
+    rows = [
+        ("", *(talk.model for talk in answers)),
+        ("answers that loop", *(f"{talk.loops} of {talk.prompts}" for talk in answers)),
+        ("answers that end", *(f"{talk.ends} of {talk.prompts}" for talk in answers)),
+        ("mean tokens of an answer", *(f"{talk.length:.1f}" for talk in answers)),
+        ("KL along the first one's answers", *(f"{talk.divergence:.4f}" for talk in answers)),
+    ]
+    click.echo(_table(rows))
+    how = "through the chat template" if answers[0].template else "continued as text: there is no chat template"
+    click.echo(f"Greedy answers of up to {answers[0].longest} tokens, prompts {how}. KL in nats per token.")
+    for number, question in enumerate(answers[0].questions[:2]):
+        click.echo(f"\n> {question}")
+        for talk in answers:
+            click.echo(f"{talk.model}: {talk.answers[number]}")
 
 
 def _quality_cells(before: "EvalResult", after: "EvalResult") -> tuple[str, str, str]:

@@ -67,6 +67,20 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]
         return int(size)
 
 
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """`50000`, `50k` or `1.5M`."""
+
+    name = "count"
+    units: ClassVar = {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        number = str(value).rstrip("kKM")
+        try:
+            return int(float(number) * self.units[str(value)[len(number) :]])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value}: expected a number such as 50000, 50k or 1M.", parameter, context)
+
+
 class Registered(click.ParamType):  # type: ignore[type-arg]
     """A name of a registry, which is read when the command runs or shows its help."""
 
@@ -85,12 +99,13 @@ class Registered(click.ParamType):  # type: ignore[type-arg]
 PARSERS: dict[str, Any] = {
     "ratio": Ratio(),
     "size": Bytes(),
+    "count": Count(),
     "names": Names(),
     "file": click.Path(path_type=Path),
     "folder": click.Path(path_type=Path),
     "seed": click.IntRange(0, 2**32 - 1),
 }
-METAVARS = {"data": "DATA", "file": "FILE", "folder": "DIR", "names": "NAME,..."}
+METAVARS = {"data": "DATA", "one": "DATA", "file": "FILE", "folder": "DIR", "names": "NAME,..."}
 
 
 def options_of(kind: type[Options]) -> Callable[[Command], Command]:

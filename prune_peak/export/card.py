@@ -22,7 +22,7 @@ from yaml import YAMLError
 from ..evaluation.quality import PERPLEXITY, EvalResult
 from ..models.loading import CARD, Model
 from ..option_fields import flag
-from ..options import CompressOptions
+from ..options import FULL, CompressOptions
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         model=source.label,
         shares=" and ".join(f"{share:.0%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe)),
         warnings=recipe["warnings"],
+        healing=_describe_healing(recipe),
         summary=_summarize(recipe),
         rows=list(_rows(recipe)),
         latency=source.meta_model.can_generate(),
@@ -66,6 +67,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         loaders=[(recipe["output_class"], "model"), *_loaders(folder)],
         output_class=recipe["output_class"],
         command=reproduce(recipe),
+        heal_command=_reproduce_healing(recipe),
         versions=", ".join([f"prune-peak {recipe['prune_peak']}", *(" ".join(v) for v in recipe["versions"].items())]),
         calibration=_name_calibration(recipe),
     )
@@ -90,6 +92,29 @@ def reproduce(recipe: Mapping[str, Any]) -> str:
             text = ",".join(value) if isinstance(value, list) else str(value)
             words.append(f"{flag(item.name)} {shlex.quote(text)}")
     return " \\\n  ".join(words)
+
+
+def _reproduce_healing(recipe: Mapping[str, Any]) -> str | None:
+    if "healing" not in recipe:
+        return None
+    options = recipe["healing"]
+    words = {name: options[name] for name in ("data", "tokens", "method", "seed")}
+    given = " ".join(f"{flag(name)} {shlex.quote(str(value))}" for name, value in words.items())
+    return f"prune-peak heal DIR --original {shlex.quote(recipe['source']['model'])} \\\n  {given}"
+
+
+def _describe_healing(recipe: Mapping[str, Any]) -> str | None:
+    """What healing did, in two sentences."""
+    if "healing" not in recipe:
+        return None
+    healing = recipe["healing"]
+    distance = healing["divergence"]
+    what = "all weights" if healing["method"] == FULL else "adapters, merged into the weights"
+    return (
+        f"It was then trained on {healing['tokens']:,} tokens of {healing['source']} to predict what the original "
+        f"predicts ({what}). On held-out windows of this data, its divergence from the original (KL per token) went "
+        f"from {distance['before']:.3f} to {distance['after']:.3f} nats."
+    )
 
 
 def _front_matter(recipe: Mapping[str, Any], source: Model) -> ModelCardData:
@@ -156,13 +181,20 @@ def _summarize(recipe: Mapping[str, Any]) -> str:
     cut = " and ".join(f"{share:.1%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe))
     fills = "/".join(sorted(set(recipe["fills"].values())))
     refit = " The kept weights were refitted by least squares to compensate." if options["refit"] else ""
+    checked = (
+        ""
+        if "healing" in recipe
+        else (
+            "It was compared with the original whose neurons are held at these constants "
+            f"({len(recipe['verification'])} checks, all passed)."
+        )
+    )
     shape = " (set to zero in place: all shapes are the original's, and nothing is saved)" * options["keep_shape"]
     return (
         f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned, the same number in every "
         f"block{shape}. Each was replaced by a constant, its {fills} activation over {_name_calibration(recipe)}. The "
         f"constants were folded into the bias of the output projection.{refit} The result loads with stock "
-        "transformers. It was compared with the original whose neurons are held at these constants "
-        f"({len(recipe['verification'])} checks, all passed)."
+        f"transformers. {checked}"
     )
 
 
@@ -173,6 +205,17 @@ def _rows(recipe: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if before["cache"] != after["cache"]:
         change = f"{after['cache'] / before['cache'] - 1:+.1%}"
         yield "KV cache, bytes per token", f"{before['cache']:,}", f"{after['cache']:,}", change
+    if "healing" in recipe:
+        perplexity = recipe["healing"]["perplexity"]
+        numbers = [perplexity[name] for name in ("original", "after", "before")]
+        change = f"x{numbers[1] / numbers[0]:.3f} (x{numbers[2] / numbers[0]:.3f} before healing)"
+        yield "perplexity, held-out windows", f"{numbers[0]:.2f}", f"{numbers[1]:.2f}", change
+    if recipe["talk"]:
+        before, after = recipe["talk"]["before"], recipe["talk"]["after"]
+        prompts = before["prompts"]
+        yield f"answers that loop, of {prompts}", *(f"{n}" for n in (before["loops"], after["loops"])), ""
+        yield f"answers that end, of {prompts}", *(f"{n}" for n in (before["ends"], after["ends"])), ""
+        yield "KL along the original's answers, nats per token", "0", f"{after['divergence']:.3f}", ""
     first, second = recipe["quality"]["before"], recipe["quality"]["after"]
     if first:
         yield first["metric"], _with_error(first), _with_error(second), _compare(first, second)

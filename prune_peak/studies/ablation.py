@@ -17,9 +17,10 @@ from ..evaluation.quality import WindowScores
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
-from ..options import FILLS, RANKED, RESAMPLE, AblateOptions
+from ..options import FILLS, RANKED, RESAMPLE
 from ..sites.finding import prunable_kinds
 from .curves import Curve, build_curves, compare_areas, is_significant, mean_and_error
+from .options import AblateOptions
 from .plots import MISSING, can_draw, draw_degradation
 from .report import write_table
 from .runner import TrialRunner, find_studied, load_whole, summarize

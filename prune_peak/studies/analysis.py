@@ -20,7 +20,7 @@ from ..evaluation.quality import build_eval_set, is_evaluable
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
-from ..options import SELF, AnalyzeOptions
+from ..options import SELF
 from ..sites.site import Site
 from .curves import is_significant, mean_and_error
 from .distributions import (
@@ -33,6 +33,7 @@ from .distributions import (
     find_extreme_neurons,
     measure_distributions,
 )
+from .options import AnalyzeOptions
 from .plots import MISSING, can_draw, draw_blocks, draw_drift, draw_heads, draw_histograms
 from .report import Section, write_report, write_table
 from .runner import TrialRunner, find_studied, load_whole, summarize

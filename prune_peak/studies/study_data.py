@@ -13,7 +13,8 @@ from ..data.windows import window_length
 from ..errors import PrunePeakError
 from ..evaluation.quality import EvalSet, build_eval_set, build_given_eval_set, is_evaluable
 from ..models.loading import IMAGES, Model
-from ..options import SELF, AblateOptions
+from ..options import SELF
+from .options import AblateOptions
 
 
 @dataclass(frozen=True)

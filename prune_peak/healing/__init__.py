@@ -1,0 +1,1 @@
+"""Learn back from the original what pruning lost: data, training, and the healed folder."""

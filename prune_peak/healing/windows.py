@@ -1,0 +1,125 @@
+"""The rows of tokens that `heal` trains on, and others that are held out."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.chat import generate_chats
+from ..data.sampling import sample_windows
+from ..data.self_generated import PASSAGE, generate_tokens
+from ..data.texts import read_windows
+from ..data.windows import Windows, name_data, window_length
+from ..errors import PrunePeakError
+from ..evaluation.quality import IGNORED
+from ..io.tensor_files import load_tensors, save_tensors
+from ..models.loading import Model
+from ..options import SELF
+
+Row = dict[str, Tensor]  # input_ids (length,), and labels (length,): the next token, or IGNORED where none is counted
+
+HELD_OUT_FILE = "prune_peak_held_out.safetensors"  # rows of own text, for `verify`
+HELD_OUT = 8192  # tokens
+CHAT_SHARE = 0.5  # of the model's own text, where it has a chat template
+
+
+@dataclass(frozen=True)
+class HealingData:
+    """Rows of one kind of data."""
+
+    source: str  # the name of the data
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass over the rows to train on."""
+        return sum(len(row["input_ids"]) for row in self.train)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all rows."""
+        total = hashlib.sha256()
+        for row in [*self.train, *self.held_out]:
+            total.update(row["input_ids"].numpy().tobytes() + row["labels"].numpy().tobytes())
+        return total.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Keep the rows in a file; `load_data` reads it."""
+        rows = [*self.train, *self.held_out]
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "labels")}
+        tensors["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
+        save_tensors(tensors, path, {"source": self.source, "train": str(len(self.train))})
+
+
+def load_data(path: Path) -> HealingData:
+    """Rows that `HealingData.save` kept."""
+    tensors, metadata = load_tensors(path)
+    lengths = tensors["lengths"].tolist()
+    parts = [tensors[name].split(lengths) for name in ("input_ids", "labels")]
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(*parts, strict=True)]
+    count = int(metadata["train"])
+    return HealingData(metadata["source"], rows[:count], rows[count:])
+
+
+def choose_data(original: Model, recipe: Mapping[str, Any], data: str, tokens: int, seed: int) -> HealingData:
+    """Rows of a text, or of what the original writes itself; none was in the calibration.
+
+    Raises:
+        PrunePeakError: the data cannot be read, or is too short.
+    """
+    if data == SELF:
+        return _own_data(original, recipe, tokens, seed)
+    length = window_length(original, recipe["options"]["sequence_length"])
+    windows = read_windows(data, original, length)
+    used = _calibration_of(original, recipe, data)
+    if used is not None:
+        seen = {window.numpy().tobytes() for window in torch.cat([used.calibration, used.held_out])}
+        windows = windows[torch.tensor([window.numpy().tobytes() not in seen for window in windows])]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    held = max(1, min(HELD_OUT // length, len(windows) // 8))
+    train = order[held : held + -(-tokens // length)]
+    if not len(train):
+        raise PrunePeakError(
+            f"{data} has {len(windows)} windows of {length} tokens besides those of the calibration; expected at least "
+            "2, one to train on and one to measure on. Pass a longer text with --data, or --data self."
+        )
+    rows = [_row(window) for window in windows]
+    return HealingData(name_data(data), [rows[n] for n in train], [rows[n] for n in order[:held]])
+
+
+def _calibration_of(original: Model, recipe: Mapping[str, Any], data: str) -> Windows | None:
+    """The windows of the calibration, if it was on this text."""
+    options = recipe["options"]
+    if options["calibration"] != [name_data(data)]:
+        return None
+    windows = sample_windows(original, [data], options["samples"], options["sequence_length"], options["seed"])
+    return windows if windows.digest == recipe["calibration_digest"] else None
+
+
+def _own_data(original: Model, recipe: Mapping[str, Any], tokens: int, seed: int) -> HealingData:
+    """Free text, and chat where the model has a template; the seed is another than that of the calibration."""
+    seed = seed + recipe["options"]["seed"] + 1
+    wanted = tokens + HELD_OUT
+    longest = min(PASSAGE * 2, original.positions or PASSAGE * 2)
+    chats = generate_chats(original, int(wanted * CHAT_SHARE), longest, seed)
+    rest = wanted - sum(len(ids) for ids, _ in chats)
+    size = min(PASSAGE, longest)
+    free = [_row(passage) for passage in generate_tokens(original, -(-rest // size), size, seed)]
+    talk = [{"input_ids": ids, "labels": labels} for ids, labels in chats]
+    train, held_out = [], []
+    for part in (free, talk):
+        first = -(-len(part) * HELD_OUT // wanted)
+        train += part[first:]
+        held_out += part[:first]
+    return HealingData("the original's own text" + " and chat" * bool(talk), train, held_out)
+
+
+def _row(window: Tensor) -> Row:
+    labels = window.roll(-1)
+    labels[-1] = IGNORED
+    return {"input_ids": window, "labels": labels}
