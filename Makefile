@@ -58,8 +58,8 @@ readers: .venv/ready  ## test how older releases of transformers load the writte
 bench: .venv/ready  ## measure the costs in docs/performance.md, as JSON in bench-output: two to three hours on an idle machine
 	$(BIN)/python bench/all.py
 
-docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md and the map in CONTRIBUTING.md
-	$(BIN)/pytest tests/test_site_kinds.py tests/test_structure.py tests/test_options.py --write-docs
+docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the runs in docs/healing.md and the map in CONTRIBUTING.md
+	$(BIN)/pytest tests/test_site_kinds.py tests/test_structure.py tests/test_options.py tests/test_docs.py --write-docs
 
 format: .venv/ready  ## format, and fix what lint can fix
 	$(BIN)/ruff format .

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from .data.chat import load_stock
-from .data.windows import name_data
+from .data.windows import name_data, window_length
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation.divergence import Distance, measure_distance
 from .export.card import PICTURE, write_card
@@ -209,10 +209,11 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
         raise UsageError(f"--output {output} contains the model itself; choose another.")
     device = find_device(options.device)
     budget = options.max_memory or int(MACHINE_SHARE * physical_memory())
+    length = window_length(original, recipe["options"]["sequence_length"])
     needs = {
         (method, tokens): estimate_healing(original, model, tokens, method)
         for method in ([options.method] if options.method else METHODS)
-        for tokens in (STEP_TOKENS, STEP_TOKENS // 2)
+        for tokens in (max(length, STEP_TOKENS), max(length, STEP_TOKENS // 2))
     }
     fitting = [choice for choice, need in needs.items() if need <= budget or device.type != PROCESSOR]
     if not fitting:

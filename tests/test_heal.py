@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor 
 
 def run(*words: object) -> Result:
     return CliRunner().invoke(main, [*map(str, words), "-q"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _often() -> Iterator[None]:
+    """Short runs are evaluated and kept more than once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LEAST_STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +133,10 @@ def test_rows_are_disjoint(cut: Path) -> None:
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Interrupts a run after its fifth step."""
+    """Interrupts a run after its ninth step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 5:
+        if state.global_step == 9:
             raise KeyboardInterrupt
 
 
@@ -155,7 +164,7 @@ def test_accumulated_gradients_are_those_of_one_pass(cut: Path, tmp_path: Path) 
     for number, row in enumerate(data.train):
         row["labels"][: 16 * (number % 7)] = IGNORED
     states = []
-    for at_once in (1024, 128):
+    for at_once in (512, 128):
         models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (LLAMA, cut)]
         best = training.train(*models, data, 4096, "full", tmp_path / str(at_once), 0, at_once, True)
         states.append(best.state_dict())

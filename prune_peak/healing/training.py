@@ -26,10 +26,10 @@ from ..evaluation.quality import IGNORED
 from ..options import LORA
 from .windows import HealingData, Row
 
-STEP_TOKENS = 1024  # of one update
+STEP_TOKENS = 512  # of one update
 RATES = {"full": 1e-4, "lora": 1e-3}
 RANK = 16  # of the adapters
-EVALUATIONS = 8  # of the held-out rows, in the course of a run
+EVALUATIONS, LEAST_STEPS = 8, 25  # of the held-out rows in the course of a run, and steps between two of them
 PATIENCE = 3  # evaluations without an improvement, after which a run stops
 METRIC = "eval_kl"
 
@@ -130,7 +130,7 @@ def _arguments(
 ) -> TrainingArguments:
     rows = rows_per_step(data)
     steps = max(1, round(tokens / data.tokens * len(data.train) / rows))
-    every = max(1, steps // EVALUATIONS)
+    every = min(steps, max(LEAST_STEPS, steps // EVALUATIONS))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

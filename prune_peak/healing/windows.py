@@ -23,7 +23,7 @@ from ..options import SELF
 Row = dict[str, Tensor]  # input_ids (length,), and labels (length,): the next token, or IGNORED where none is counted
 
 HELD_OUT_FILE = "prune_peak_held_out.safetensors"  # rows of own text, for `verify`
-HELD_OUT = 8192  # tokens
+HELD_OUT = 4096  # tokens
 CHAT_SHARE = 0.5  # of the model's own text, where it has a chat template
 
 
