@@ -14,8 +14,8 @@ from typing import Any
 
 import prune_peak
 from prune_peak.evaluation.talk import evaluate_talk
-from prune_peak.heal import prepare_heal
 from prune_peak.options import HealOptions
+from prune_peak.recovery import prepare_heal
 
 
 def measure(original: str, compressed: str, test: str | None, talk: bool, options: dict[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from .compression import compress as compress
     from .evaluation.comparison import evaluate as evaluate
     from .export.formats import export_model as export_model
-    from .heal import HealResult as HealResult
-    from .heal import heal as heal
     from .hub import push as push
     from .inspection import inspect as inspect
     from .models.loading import Model as Model
     from .models.loading import open_model as open_model
+    from .recovery import HealResult as HealResult
+    from .recovery import heal as heal
     from .sites.hooks import ablated as ablated
     from .sites.plan import SitePlan as SitePlan
     from .stats.calibration import calibrate as calibrate
@@ -46,8 +46,8 @@ _MODULES = {
     "evaluate": "evaluation.comparison",
     "export_model": "export.formats",
     "find_studied": "studies.runner",
-    "HealResult": "heal",
-    "heal": "heal",
+    "HealResult": "recovery",
+    "heal": "recovery",
     "inspect": "inspection",
     "load_whole": "studies.runner",
     "open_model": "models.loading",

@@ -62,11 +62,10 @@ def heal(cut: Path, output: Path, *words: object) -> Result:
 
 @pytest.fixture(scope="module")
 def healed(cut: Path) -> Path:
-    result = heal(cut, cut.parent / "healed", "--tokens", "8k", "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["divergence_after"] < 0.95 * found["divergence_before"]
-    assert found["perplexity_original"] < found["perplexity_after"] < found["perplexity_before"]
+    output, data = cut.parent / "healed", str(cut.parent / "text.txt")
+    result = prune_peak.heal(cut, original=str(LLAMA), data=data, tokens=8000, output=output)
+    assert result.divergence_after < 0.95 * result.divergence_before
+    assert result.perplexity_original < result.perplexity_after < result.perplexity_before
     return cut.parent / "healed"
 
 

@@ -19,7 +19,7 @@ MODULES = {
 ORDER = [
     "cli",
     "compression",
-    "heal",
+    "recovery",
     "inspection",
     "job",
     "hub",

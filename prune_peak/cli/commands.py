@@ -36,7 +36,7 @@ from .parameters import echo_json, model_argument, models_argument, options_of, 
 
 if TYPE_CHECKING:
     from ..compression import CompressionResult
-    from ..heal import HealResult
+    from ..recovery import HealResult
 
 FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 
@@ -92,7 +92,7 @@ def compress(
 
 
 def _heal_result(model: str, result: "CompressionResult", options: Mapping[str, Any]) -> "HealResult | None":
-    from ..heal import heal as run
+    from ..recovery import heal as run
 
     names = ("revision", "seed", "max_memory", "device", "force")
     data = options["calibration"][0]
@@ -142,8 +142,8 @@ def heal(folder: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
       prune-peak heal ./smaller --original ./my-model --data notes.txt --tokens 200k
       accelerate launch -m prune_peak heal ./smaller --original ./my-model
     """
-    from ..heal import heal as run
-    from ..heal import prepare_heal
+    from ..recovery import heal as run
+    from ..recovery import prepare_heal
 
     if dry_run:
         job = prepare_heal(folder, HealOptions(**options))

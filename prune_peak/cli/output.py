@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ..evaluation.lm_eval_tasks import Scores
     from ..evaluation.quality import EvalResult
     from ..evaluation.talk import Talk
-    from ..heal import HealResult
     from ..inspection import Cost, Inspection
+    from ..recovery import HealResult
     from ..studies.ablation import Study
     from ..studies.analysis import Analysis
 
