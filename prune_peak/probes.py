@@ -46,7 +46,10 @@ class Outputs:
 
 
 def probe_batches(model: Model, probes: int) -> list[Batch]:
-    """Inputs to compare outputs on: noise images; or random tokens, in full windows and left-padded ones."""
+    """Inputs to compare outputs on: noise images; or random tokens, in full windows and left-padded ones.
+
+    A classifier without a pad token takes one text at a time; a multiple-choice head, texts of one choice.
+    """
     generator, config = torch.Generator().manual_seed(0), model.config
     if model.sees_images:
         size = config.image_size
@@ -57,7 +60,13 @@ def probe_batches(model: Model, probes: int) -> list[Batch]:
     full = torch.randint(config.vocab_size, (probes, length), generator=generator)
     padded = torch.randint(config.vocab_size, (probes, length // 2), generator=generator)
     mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
-    return [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
+    batches: list[Batch] = [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
+    name = model.model_class.__name__
+    if name.endswith("ForMultipleChoice"):
+        return [{key: tensor[:, None] for key, tensor in batch.items()} for batch in batches]
+    if name.endswith("ForSequenceClassification") and config.pad_token_id is None:
+        return [{key: tensor[row : row + 1] for key, tensor in batch.items()} for batch in batches for row in (0, 1)]
+    return batches
 
 
 class Whole:

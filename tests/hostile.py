@@ -568,7 +568,7 @@ TOKENIZER = {
     "unknown merges": (change_inside(T, "model", "merges", to=[["xx", "yy"]]), NO_TOKENIZER),
     "empty vocabulary": (
         all_of(change_inside(T, "model", "vocab", to={}), change_inside(T, "model", "merges", to=[])),
-        "the tokenizer fails",
+        "has 0 tokens, fewer than one window",
     ),
     "custom class": (
         all_of(

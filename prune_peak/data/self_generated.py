@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -30,9 +31,8 @@ def generate_windows(model: Model, samples: int, length: int, seed: int) -> Wind
     """
     held = held_out_count(samples)
     cached = cache_path(model, samples + held, length, seed)
-    if cached.is_file():
-        tokens = load_tensors(cached)[0]["tokens"]
-    else:
+    tokens = _read_cache(cached)
+    if tokens is None:
         tokens = generate_tokens(model, samples + held, length, seed)
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,13 @@ def generate_windows(model: Model, samples: int, length: int, seed: int) -> Wind
         except OSError:
             pass  # without the cache, the next run only takes longer
     return Windows(source="the model's own text", calibration=tokens[:samples], held_out=tokens[samples:])
+
+
+def _read_cache(path: Path) -> Tensor | None:
+    """Text that was generated before; None without any, and where it belongs to another user."""
+    if not os.access(path, os.R_OK):
+        return None
+    return load_tensors(path)[0]["tokens"]
 
 
 def cache_path(model: Model, count: int, length: int, seed: int) -> Path:

@@ -88,7 +88,8 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     tokens: list[int] = []
     try:
         for text in texts:
-            tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+            found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += found if found[-1:] == separator else found + separator  # a rendered chat has its EOS
         start, end = special_tokens(tokenizer)
     except Exception as error:  # every tokenizer class raises its own kinds
         raise PrunePeakError(f"the tokenizer fails on {name} ({brief(error)}).") from None
@@ -106,8 +107,12 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that a tokenizer adds before and after a text: BOS or CLS, SEP, or none."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    for probe in ("a", "A", *tokenizer.get_vocab()):  # a vocabulary of amino acids has no "a"
+        bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if bare and special.isdisjoint(bare):
+            break
+    full = tokenizer(probe)["input_ids"]
     first = full.index(bare[0])
     return list(full[:first]), list(full[first + len(bare) :])
 

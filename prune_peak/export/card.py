@@ -145,8 +145,15 @@ def _inherit(source: Model) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, YAMLError):  # no card, or an invalid one
         theirs = {}
     theirs = {"license": getattr(source.config, "license", None)} | theirs
-    lists = {key: value if isinstance(value, list) else [value] for key, value in theirs.items()}
-    return {key: theirs[key] for key in INHERITED if key in lists and all(isinstance(item, str) for item in lists[key])}
+    found: dict[str, Any] = {}
+    for key in INHERITED:
+        value = theirs.get(key)
+        items = value if isinstance(value, list) else [value]
+        # YAML reads the code of Norwegian, no, as false
+        texts = ["no" if item is False else item for item in items if isinstance(item, str) or item is False]
+        if texts:
+            found[key] = texts if isinstance(value, list) else texts[0]
+    return found
 
 
 def find_task(model_class: type[PreTrainedModel]) -> str:

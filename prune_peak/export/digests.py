@@ -9,12 +9,21 @@ from tqdm import tqdm
 
 from ..io.checkpoint import Checkpoint
 from ..io.tensor_files import digest_tensor
-from ..io.untrusted import TEMPLATES
+from ..io.untrusted import MODULES, TEMPLATES
 from .recipe import RECIPE_FILE
 
 # What transformers reads besides the weights; the licence and other texts may change
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
-READ_FILES = ("*.json", "*.jinja", f"{TEMPLATES}/*.jinja", "*.model", *TOKENIZER_FILES)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "dict.txt", "bpe.codes")
+READ_FILES = (
+    "*.json",
+    "*.jinja",
+    f"{TEMPLATES}/*.jinja",
+    f"{MODULES}/*",
+    "*.model",
+    "*.spm",
+    "*.tokenizer",
+    *TOKENIZER_FILES,
+)
 
 JSON_FILES = ("config", "tokenizer", "tokens", "vocab", "chat_template")  # parts of the names of these
 WEIGHT_FILES = (
@@ -54,7 +63,7 @@ def changed_tensors(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:
 
 def is_tokenizer(name: str) -> bool:
     """Whether a file name is that of a tokenizer."""
-    return name.endswith(".model") or name in TOKENIZER_FILES
+    return name.endswith((".model", ".spm", ".tokenizer")) or name in TOKENIZER_FILES
 
 
 def is_read(name: str) -> bool:

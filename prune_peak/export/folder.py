@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..conversion.layout import Conversion
+from ..errors import PrunePeakError
 from ..io.tensor_files import save_tensors
 from ..io.writer import Writer
 from ..models.config_checks import read_generation
@@ -83,7 +84,13 @@ class FolderWriter:
     def _write(self, block: int | None, plan: Mapping[str, SitePlan]) -> dict[str, str]:
         tensors = prune_block(self.source, self.conversion, plan, block)
         for name, tensor in tensors.items():
-            self._writer.write(self._names[name], tensor.to(self.layout[name][1]))
+            written = tensor.to(self.layout[name][1])
+            if tensor.is_floating_point() and tensor.isfinite().all() and not written.isfinite().all():
+                raise PrunePeakError(
+                    f"the new values of {name} are too large for {str(written.dtype).removeprefix('torch.')}. Save the "
+                    "model in bfloat16 or float32 first, or try --no-refit."
+                )
+            self._writer.write(self._names[name], written)
         self.source.checkpoint.release()
         return {self._names[name]: self._writer.digests[self._names[name]] for name in tensors}
 
@@ -124,10 +131,10 @@ def write_config(config: PreTrainedConfig, path: Path) -> None:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, templates and licence."""
+    """Copy tokenizer, generation config, templates, licence, and the modules of sentence-transformers."""
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            if path.name not in NOT_COPIED and ".index." not in path.name and path.is_file():
+            if path.relative_to(source).as_posix() not in NOT_COPIED and ".index." not in path.name and path.is_file():
                 copy = folder / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)

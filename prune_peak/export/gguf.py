@@ -31,6 +31,8 @@ NEUTRAL: dict[str, Callable[[int], float]] = {
     "attention_multiplier": lambda head_dim: head_dim**-0.5,
 }
 
+FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.cpp's LLAMA_FTYPE_*
+
 # llama.cpp's names of pre-tokenizers, by the steps in tokenizer.json
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -96,6 +98,11 @@ def _check_architecture(source: Model) -> None:
             f"{name} is a {source.model_class.__name__}; expected a causal LM of one of the model types "
             f"{', '.join(MODEL_TYPES)} for a GGUF file."
         )
+    kinds = {source.dtype_of(tensor) for tensor in source.names} - set(FILE_TYPES)
+    if kinds:
+        raise PrunePeakError(
+            f"{name} has weights in {kinds.pop()}; expected float32, float16 or bfloat16 for a GGUF file."
+        )
     if config.hidden_act != "silu":
         raise PrunePeakError(f"{name} has the activation {config.hidden_act}; the GGUF architecture llama has silu.")
     for key, neutral in NEUTRAL.items():
@@ -148,7 +155,7 @@ def _rope_factors(source: Model) -> Any:
 
 def _write_hyperparameters(writer: Any, source: Model) -> None:
     config, head_dim = source.config, _head_dim(source)
-    kind = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[source.dtype]  # llama.cpp's LLAMA_FTYPE_*
+    kind = FILE_TYPES[source.dtype]
     writer.add_name(source.label)
     writer.add_file_type(kind)
     writer.add_block_count(config.num_hidden_layers)
@@ -242,7 +249,9 @@ def _write_tokenizer(
     writer.add_add_bos_token(vocabulary["add_bos"])
     writer.add_add_eos_token(vocabulary["add_eos"])
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, str):
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
         writer.add_chat_template(template)
 
 

@@ -118,7 +118,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     partial = path.with_name(path.name + ".partial")
     try:
         ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask gives it; safetensors makes it 0600
         save_file(ordered, partial, dict(metadata or {}))
+        partial.chmod(mode)
         partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None

@@ -9,6 +9,7 @@ from ..errors import PrunePeakError
 
 LONGEST = 128 * 2**20  # bytes of a JSON file; configs, indices and tokenizers are far smaller
 TEMPLATES = "additional_chat_templates"  # the only subfolder that transformers reads
+MODULES = "[0-9]_*"  # the folders that sentence-transformers reads, such as 1_Pooling
 
 
 def check_folder(folder: Path) -> None:
@@ -20,7 +21,7 @@ def check_folder(folder: Path) -> None:
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parent.parent
-    for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")):
+    for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*"), *folder.glob(f"{MODULES}/*")):
         try:
             inside = path.resolve().is_relative_to(root)
         except (OSError, RuntimeError):  # circular links

@@ -116,6 +116,11 @@ def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedM
             f"config.json names the class {architectures!r}; expected a stock {config.model_type} class of "
             f"transformers {transformers.__version__}. Custom code is never run; correct the key architectures."
         )
+    if found.__name__.endswith("Backbone"):
+        raise PrunePeakError(
+            f"config.json names the class {found.__name__}, whose feature maps cannot be compared; expected a model "
+            'with a head, or the bare one. Set the key architectures to that, such as ["Dinov2Model"].'
+        )
     model_class: type[PreTrainedModel] = found
     return model_class
 

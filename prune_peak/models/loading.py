@@ -27,7 +27,7 @@ from transformers.modeling_utils import local_torch_dtype
 from ..errors import PrunePeakError, brief
 from ..io.checkpoint import Checkpoint, has_weights
 from ..io.tensor_files import digest_tensor
-from ..io.untrusted import TEMPLATES, check_folder
+from ..io.untrusted import MODULES, TEMPLATES, check_folder
 from .config_checks import (
     MOST,
     MOST_BUFFERS,
@@ -43,11 +43,17 @@ from .head_detection import detect_class
 from .weight_names import check_shapes, match_names
 
 # Files that are copied with a checkpoint; not code, pickles or the README
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja", "LICENSE*", "NOTICE*")
+SIDE_FILES = (
+    *("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.jinja", "LICENSE*", "NOTICE*"),
+    *(f"{TEMPLATES}/*.jinja", f"{MODULES}/*.json", f"{MODULES}/model.safetensors"),
+)
 CARD = "README.md"  # read for the licence
 
-# Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
-NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
+# Not downloaded from the Hub: other subfolders than those above, and duplicates of the weights
+NOT_FETCHED = (
+    *("[!0-9]*/*.json", "*/*.txt", "*/*.model", "[!0-9]*/*.safetensors", "*/*.bin"),
+    *("consolidated*", "*.fp16*", "*.fp32*"),
+)
 IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
 
 
