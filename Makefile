@@ -9,9 +9,10 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: .venv/ready  ## compress a small trained model and generate text with the result
-	$(BIN)/prune-peak compress examples/llama-mini --ratio 0.3 --output demo-output --force
-	$(BIN)/python examples/generate.py demo-output
+demo: .venv/ready  ## compress and heal a small trained model, and generate text before and after
+	$(BIN)/prune-peak compress examples/llama-mini --ratio 0.5 --output demo-output --force
+	$(BIN)/prune-peak heal demo-output --original examples/llama-mini --tokens 20k --force
+	for folder in examples/llama-mini demo-output demo-output-healed; do $(BIN)/python examples/generate.py $$folder; done
 
 test: .venv/ready  ## run the tests: offline, on the CPU, a few minutes
 	$(BIN)/pytest
@@ -36,7 +37,8 @@ oldest:  ## run the demo and the tests in a new environment, at the lower bounds
 	build/oldest/venv/bin/pip install --quiet --constraint constraints-oldest.txt "$$(ls build/oldest/*.whl)[test,plots,gguf]"
 	cp -r README.md CONTRIBUTING.md pyproject.toml docs examples bench tests build/oldest
 	cd build/oldest && venv/bin/prune-peak compress examples/llama-mini --ratio 0.3 --output demo
-	cd build/oldest && venv/bin/python examples/generate.py demo
+	cd build/oldest && venv/bin/prune-peak heal demo --original examples/llama-mini --tokens 5k
+	cd build/oldest && venv/bin/python examples/generate.py demo-healed
 	cd build/oldest && venv/bin/pytest $(TESTS)
 
 TESTS ?= tests
@@ -66,4 +68,4 @@ format: .venv/ready  ## format, and fix what lint can fix
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo-output bench-output build dist *.egg-info
+	rm -rf .venv demo-output demo-output-healed bench-output build dist *.egg-info

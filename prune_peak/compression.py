@@ -149,8 +149,7 @@ def _evaluate_both(job: Job, written: Model, calibration: Calibration) -> tuple[
 
 def _compare_talk(job: Job, written: Model) -> list[Talk]:
     """Answers of the source and of the result to some prompts; none of large models and of those without a template."""
-    small = job.source.size <= job.execution.whole_size and job.source.meta_model.can_generate()
-    if not small or find_template(job.source) is None:
+    if not job.execution.talks or find_template(job.source) is None:
         return []
     return measure_talk([job.source, written], read_prompts()[:ASKED])
 

@@ -12,6 +12,7 @@ import torch
 
 from .conversion.choice import choose_conversion
 from .conversion.classes import ENGINES
+from .data.chat import find_template
 from .data.self_generated import PASSAGES, generate_tokens
 from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
@@ -29,6 +30,7 @@ from .stats.collection import collect
 # What `estimate` adds to what it times
 START_SECONDS = 10.0  # imports, digests, loading
 VERIFIED_TOKENS = 5000  # verification, as tokens of a forward pass
+TALK_TOKENS = 6000  # answers of two models to 16 prompts, likewise
 SHORT_SAMPLE, LONGER_SAMPLE = 4, 20  # tokens
 
 
@@ -191,11 +193,15 @@ def estimate(model: str, ratio: Ratio | None = None, **options: Any) -> tuple[In
     head = forward * _head_share(job.source)
     seconds = START_SECONDS + pruning * inspection.blocks
     seconds += (forward * inspection.blocks + head) * (
-        _evaluated_tokens(job) * (2 - inspection.share) + VERIFIED_TOKENS
+        _evaluated_tokens(job) * (2 - inspection.share) + VERIFIED_TOKENS + TALK_TOKENS * _talks(job)
     )
     if job.workload.samples_text:
         seconds += _time_sampling(job) * job.workload.length * own_samples(job.options.samples, job.options.calibration)
     return inspection, Cost(round(seconds / 60, 2), job.execution.needed, inspection.bytes_after)
+
+
+def _talks(job: Job) -> bool:
+    return job.execution.talks and find_template(job.source) is not None
 
 
 def _head_share(source: Model) -> float:

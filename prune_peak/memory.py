@@ -68,8 +68,10 @@ def plan_execution(
             )
     verifying = BASE_MEMORY + 4 * source.parameters + 12 * PROBED_TOKENS * getattr(source.config, "vocab_size", 0)
     whole_size = WHOLE_SIZE if verifying <= budget else 0
+    talking = BASE_MEMORY + 8 * source.parameters
+    talks = source.size <= whole_size and source.meta_model.can_generate() and talking <= budget
     if source.size <= whole_size:
-        other = max(other, verifying)
+        other = max(other, verifying, talking if talks else 0)
     most = max(workload.length, BATCH_TOKENS)
     sizes = [most >> halvings for halvings in range(most.bit_length()) if most >> halvings > workload.length]
     for batch_tokens in [*sizes, workload.length]:
@@ -78,7 +80,7 @@ def plan_execution(
             if needed <= budget:
                 needed = max(needed, other)
                 return ExecutionConfig(
-                    batch_tokens, hidden_states_on_disk, whole_size, found, budget < ROOMY * needed, needed
+                    batch_tokens, hidden_states_on_disk, whole_size, talks, found, budget < ROOMY * needed, needed
                 )
     least = _most_resident(source, workload, workload.length, True)
     raise PrunePeakError(

@@ -1,4 +1,4 @@
-"""The README's Python, run as it stands, and its commands, parsed; and how CONTRIBUTING finds a family."""
+"""README and guide: their Python, run as it stands; their commands, parsed; their links, followed."""
 
 import re
 import shlex
@@ -13,7 +13,10 @@ from conftest import EXAMPLES
 import prune_peak
 from prune_peak.cli.main import main
 
-README = (EXAMPLES.parent / "README.md").read_text()
+ROOT = EXAMPLES.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/guide.md"))
+MOST_WORDS = 700
 
 
 def test_python(
@@ -24,9 +27,9 @@ def test_python(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(EXAMPLES)
     shutil.copy(text, "notes.txt")
-    [folder] = set(re.findall(r'from_pretrained\("(.*?)"\)', README))
+    [folder] = set(re.findall(r'from_pretrained\("(.*?)"\)', GUIDE))
     prune_peak.compress("examples/llama-mini", 0.5, folder, samples=4, sequence_length=32, calibration="notes.txt")
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         exec(block, {})
@@ -51,7 +54,7 @@ def test_study_example(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_readme_commands_exist() -> None:
-    fenced = "\n".join(README.split("```")[1::2])
+    fenced = "\n".join(part for page in (README, GUIDE) for part in page.split("```")[1::2])
     lines = [line.split("#")[0] for line in fenced.splitlines() if line.startswith("prune-peak ")]
     assert len(lines) > 10
     for line in lines:
@@ -62,5 +65,16 @@ def test_readme_commands_exist() -> None:
 
 
 def test_readme_scripts_exist() -> None:
-    for script in re.findall(r"python ((?:examples|bench)/\w+\.py)", README):
-        assert (EXAMPLES.parent / script).is_file(), script
+    for page in PAGES:
+        for script in re.findall(r"python ((?:examples|bench)/\w+\.py)", page.read_text()):
+            assert (ROOT / script).is_file(), (page.name, script)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_readme_is_short() -> None:
+    assert len(README.split()) <= MOST_WORDS

@@ -32,6 +32,7 @@ class ExecutionConfig:
     batch_tokens: int = BATCH_TOKENS
     hidden_states_on_disk: bool = False
     whole_size: int = WHOLE_SIZE
+    talks: bool = False  # whether the answers of original and result are compared, both loaded whole
     device: torch.device = CPU
     release_memory: bool = False  # return freed memory to the system after every block; slower
     needed: int = 0  # estimated peak of resident bytes
