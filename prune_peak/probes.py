@@ -48,7 +48,7 @@ class Outputs:
 def probe_batches(model: Model, probes: int) -> list[Batch]:
     """Inputs to compare outputs on: noise images; or random tokens, in full windows and left-padded ones.
 
-    A classifier without a pad token takes one text at a time; a multiple-choice head, texts of one choice.
+    A classifier without a pad token takes one text at a time; a multiple-choice head, two choices for each question.
     """
     generator, config = torch.Generator().manual_seed(0), model.config
     if model.sees_images:
@@ -63,7 +63,7 @@ def probe_batches(model: Model, probes: int) -> list[Batch]:
     batches: list[Batch] = [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
     name = model.model_class.__name__
     if name.endswith("ForMultipleChoice"):
-        return [{key: tensor[:, None] for key, tensor in batch.items()} for batch in batches]
+        return [{key: tensor.unflatten(0, (-1, 2)) for key, tensor in batch.items()} for batch in batches]
     if name.endswith("ForSequenceClassification") and config.pad_token_id is None:
         return [{key: tensor[row : row + 1] for key, tensor in batch.items()} for batch in batches for row in (0, 1)]
     return batches

@@ -93,13 +93,14 @@ class LoopbackHub:
         kind, revision, name = match[2] or "revision", match[3] or "main", match[4]
         if revision not in self.revisions:
             return _refusal(404, "RevisionNotFound")
-        files = sorted(repository.iterdir())
+        files = {f.relative_to(repository).as_posix(): f for f in sorted(repository.rglob("*")) if f.is_file()}
         if kind == "revision":
-            siblings = [{"rfilename": file.name} for file in files]
+            siblings = [{"rfilename": path} for path in files]
             private = match[1] in self.private
             return _json({"id": match[1], "sha": COMMIT, "siblings": siblings, "tags": [], "private": private})
         if kind == "tree":
-            return _json([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files])
+            sizes = {path: file.stat().st_size for path, file in files.items()}
+            return _json([{"type": "file", "path": p, "size": size, "oid": "0" * 40} for p, size in sizes.items()])
         if kind != "resolve" or not (repository / name).is_file():
             return _refusal(404, "EntryNotFound")
         data = (repository / name).read_bytes()

@@ -101,6 +101,22 @@ def test_a_repository_with_only_a_bin(calm: LoopbackHub, tmp_path: Path) -> None
     assert not any("evil.py" in request for request in calm.requests)
 
 
+def test_modules_are_fetched_as_named(calm: LoopbackHub, tmp_path: Path) -> None:
+    """And no other folder: 4bit has the weights of another model."""
+    folder = shutil.copytree(EXAMPLES / "opt-mini", tmp_path / "modules")
+    for name in ("Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "4bit/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "modules.json").write_text(json.dumps([{"path": name} for name in ("", "Pooling", "2_Dense")]))
+    calm.repositories["mini/modules"] = folder
+    done = run("compress", "--model", "mini/modules", *SMALL)
+    assert done.exit_code == 0, done.stderr
+    written = {path.parent.name for path in (tmp_path / "modules-peak-0.3").glob("*/*")}
+    assert written == {"Pooling", "2_Dense"}
+    assert (tmp_path / "modules-peak-0.3" / "2_Dense" / "model.safetensors").is_file()
+    assert not any("4bit" in request for request in calm.requests)
+
+
 def test_inspect_fetches_the_config_alone(calm: LoopbackHub) -> None:
     done = run("inspect", "mini/opt")
     assert done.exit_code == 0, done.stderr

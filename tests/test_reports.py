@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from conftest import EXAMPLES
 from huggingface_hub import metadata_load
 from test_compress import compress, run
-from tiny import BY_NAME
+from tiny import BY_NAME, TINY, Tiny
 from tokenizers import Tokenizer, models, processors
 from transformers import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     AutoTokenizer,
     BertForMultipleChoice,
     BertModel,
@@ -32,7 +33,11 @@ import prune_peak
 from prune_peak.cli.main import main
 from prune_peak.data.self_generated import cache_path, generate_windows
 from prune_peak.data.texts import special_tokens, tokenize_text
+from prune_peak.export.digests import digest_files, is_read
+from prune_peak.export.folder import copy_side_files
+from prune_peak.models.execution import ExecutionConfig
 from prune_peak.models.loading import open_model
+from prune_peak.probes import Whole, probe_batches, run_streamed
 
 WORDS = ("--samples", 4, "--sequence-length", 32)
 
@@ -91,10 +96,85 @@ def test_modules_of_sentence_transformers(tmp_path: Path, text: Path) -> None:
     assert run("verify", cut, "-q").exit_code == 3
 
 
-def test_a_link_out_of_a_module_is_refused(tmp_path: Path) -> None:
+def with_modules(folder: Path, *names: str) -> Path:
+    """A model with folders of sentence-transformers, each with a config."""
+    source = save(BertModel, "bert", folder)
+    for name in names:
+        (source / name).mkdir(parents=True)
+        (source / name / "config.json").write_text("{}")
+    (source / "modules.json").write_text(json.dumps([{"path": name} for name in ("", *names)]))
+    return source
+
+
+def test_modules_are_those_that_are_named(tmp_path: Path) -> None:
+    source = with_modules(tmp_path / "model", "Pooling", "10_Dense")
+    (source / "10_Dense" / "model.safetensors").write_bytes(b"weights")
+    (source / "4bit").mkdir()
+    (source / "4bit" / "config.json").write_text("{}")
+    (tmp_path / "copy").mkdir()
+    copy_side_files(source, tmp_path / "copy")
+    copied = {path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").glob("*/*")}
+    assert copied == {"Pooling/config.json", "10_Dense/config.json", "10_Dense/model.safetensors"}
+    assert copied <= digest_files(tmp_path / "copy").keys()
+    assert is_read("modules.json")
+
+
+def test_a_module_with_a_pickle_only_is_refused(tmp_path: Path, text: Path) -> None:
+    source = with_modules(tmp_path / "model", "2_Dense")
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
+    result = compress(source, tmp_path / "cut", text, *WORDS)
+    assert result.exit_code == 1
+    assert "is a pickle, which is not copied; expected model.safetensors beside it" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "/etc", "a/b"])
+def test_a_module_outside_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     source = save(BertModel, "bert", tmp_path / "model")
-    (source / "1_Pooling").mkdir()
-    (source / "1_Pooling" / "config.json").symlink_to("/etc/passwd")
+    (source / "modules.json").write_text(json.dumps([{"path": name}]))
+    assert "expected one beside it" in run("inspect", source).stderr
+
+
+MULTIPLE_CHOICE = {
+    tiny.family: tiny for tiny in TINY if type(tiny.configure()) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+}.values()
+
+
+@pytest.mark.parametrize("tiny", MULTIPLE_CHOICE, ids=lambda tiny: tiny.family)
+def test_multiple_choice_block_by_block(tiny: Tiny, tmp_path: Path) -> None:
+    """A model that does not fit into memory is verified as one that does."""
+    config = tiny.configure()
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING[type(config)](config).save_pretrained(tmp_path)
+    model = open_model(str(tmp_path))
+    batches = probe_batches(model, 4)
+    whole = Whole(model, torch.float32).run(batches).logits
+    streamed = run_streamed(model, batches, torch.float32, None, ExecutionConfig()).logits
+    assert whole.keys() == streamed.keys()
+    assert all(torch.equal(whole[stage], streamed[stage]) for stage in whole)
+    assert whole["prefill 0"].shape == (2, 2)
+
+
+def test_a_damaged_cache_is_not_read() -> None:
+    model = open_model(str(EXAMPLES / "llama-mini"))
+    first = generate_windows(model, 2, 16, 0).calibration.clone()  # the file is mapped
+    cached = cache_path(model, 3, 16, 0)
+    cached.write_bytes(cached.read_bytes()[:40])
+    assert torch.equal(generate_windows(model, 2, 16, 0).calibration, first)
+
+
+def test_a_window_does_not_open_twice(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "llama-mini")
+    opening = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = opening
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"text": "<s>hello there my friend"})] * 80))
+    windows = tokenize_text(str(tmp_path / "chats.jsonl"), tokenizer, 16)
+    assert windows.shape[1] == 16
+    assert bool((windows[:, 0] == 0).all())
+    assert not bool((windows[:, 1] == 0).any())
+
+
+def test_a_link_out_of_a_module_is_refused(tmp_path: Path) -> None:
+    source = with_modules(tmp_path / "model", "1_Pooling")
+    (source / "1_Pooling" / "evil.json").symlink_to("/etc/passwd")
     assert "is a link out of its folder" in run("inspect", source).stderr
 
 
@@ -127,12 +207,12 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path, text: Path) -> None:
 
 def test_a_cache_of_another_user_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_model(str(EXAMPLES / "llama-mini"))
-    first = generate_windows(model, 2, 16, 0)
+    first = generate_windows(model, 2, 16, 0).calibration.clone()  # the file is mapped
     cached = cache_path(model, 3, 16, 0)
     assert cached.is_file()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     cached.write_bytes(b"not to be read")
-    assert torch.equal(generate_windows(model, 2, 16, 0).calibration, first.calibration)
+    assert torch.equal(generate_windows(model, 2, 16, 0).calibration, first)
 
 
 @pytest.mark.parametrize(

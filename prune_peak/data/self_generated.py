@@ -43,10 +43,13 @@ def generate_windows(model: Model, samples: int, length: int, seed: int) -> Wind
 
 
 def _read_cache(path: Path) -> Tensor | None:
-    """Text that was generated before; None without any, and where it belongs to another user."""
+    """Text that was generated before; None without any, and where it is damaged or belongs to another user."""
     if not os.access(path, os.R_OK):
         return None
-    return load_tensors(path)[0]["tokens"]
+    try:
+        return load_tensors(path)[0].get("tokens")
+    except PrunePeakError:
+        return None
 
 
 def cache_path(model: Model, count: int, length: int, seed: int) -> Path:

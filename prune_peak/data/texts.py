@@ -94,15 +94,19 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     except Exception as error:  # every tokenizer class raises its own kinds
         raise PrunePeakError(f"the tokenizer fails on {name} ({brief(error)}).") from None
     body = max(1, length - len(start) - len(end))
-    count = len(tokens) // body
-    if count == 0:
+    windows, place = [], 0
+    while place + body <= len(tokens):
+        opening = [] if tokens[place : place + len(start)] == start else start  # a rendered chat has its BOS
+        until = place + body + len(start) - len(opening)
+        if until <= len(tokens):
+            windows.append([*opening, *tokens[place:until], *end])
+        place = until
+    if not windows:
         raise PrunePeakError(
             f"{name} has {len(tokens)} tokens, fewer than one window of {length}. Pass a longer text or a smaller "
             "--sequence-length."
         )
-    windows = torch.tensor(tokens[: count * body]).view(count, body)
-    around = [torch.tensor(part, dtype=torch.int64).expand(count, len(part)) for part in (start, end)]
-    return torch.cat([around[0], windows, around[1]], dim=1)
+    return torch.tensor(windows)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -112,6 +116,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
         bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
         if bare and special.isdisjoint(bare):
             break
+    if not bare:  # an empty vocabulary
+        return [], []
     full = tokenizer(probe)["input_ids"]
     first = full.index(bare[0])
     return list(full[:first]), list(full[first + len(bare) :])

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..io.checkpoint import Checkpoint
 from ..io.tensor_files import digest_tensor
-from ..io.untrusted import MODULES, TEMPLATES
+from ..io.untrusted import MODULES, TEMPLATES, find_modules
 from .recipe import RECIPE_FILE
 
 # What transformers reads besides the weights; the licence and other texts may change
@@ -18,7 +19,6 @@ READ_FILES = (
     "*.json",
     "*.jinja",
     f"{TEMPLATES}/*.jinja",
-    f"{MODULES}/*",
     "*.model",
     "*.spm",
     "*.tokenizer",
@@ -35,7 +35,8 @@ WEIGHT_FILES = (
 
 def digest_files(folder: Path) -> dict[str, str]:
     """The digest of every file that decides what the weights compute, by its path in the folder."""
-    paths = {path for pattern in READ_FILES for path in folder.glob(pattern) if path.is_file()}
+    patterns = [*READ_FILES, *(f"{escape(module)}/**/*" for module in find_modules(folder))]
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(paths)
@@ -77,5 +78,5 @@ def is_read(name: str) -> bool:
         return fnmatchcase(name, f"{TEMPLATES}/*.jinja")
     if any(fnmatchcase(name, pattern) for pattern in WEIGHT_FILES):
         return True
-    known = any(word in name for word in JSON_FILES) if name.endswith(".json") else True
+    known = name == MODULES or not name.endswith(".json") or any(word in name for word in JSON_FILES)
     return known and name != RECIPE_FILE and any(fnmatchcase(name, pattern) for pattern in READ_FILES)

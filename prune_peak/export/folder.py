@@ -7,6 +7,7 @@ Every tensor of the written class is copied, sliced, folded, converted, or a zer
 import json
 import shutil
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from transformers import PreTrainedConfig
 from ..conversion.layout import Conversion
 from ..errors import PrunePeakError
 from ..io.tensor_files import save_tensors
-from ..io.writer import Writer
+from ..io.untrusted import find_modules
+from ..io.writer import Writer, is_finite
 from ..models.config_checks import read_generation
 from ..models.families import tensors_by_block
-from ..models.loading import SIDE_FILES, Model
+from ..models.loading import MODULE_FILES, SIDE_FILES, Model
 from ..models.weight_names import names_on_disk
 from ..sites.plan import SitePlan, pack_plan
 from ..sites.site import Tensors
@@ -85,7 +87,7 @@ class FolderWriter:
         tensors = prune_block(self.source, self.conversion, plan, block)
         for name, tensor in tensors.items():
             written = tensor.to(self.layout[name][1])
-            if tensor.is_floating_point() and tensor.isfinite().all() and not written.isfinite().all():
+            if tensor.dtype != written.dtype and is_finite(tensor) and not is_finite(written):
                 raise PrunePeakError(
                     f"the new values of {name} are too large for {str(written.dtype).removeprefix('torch.')}. Save the "
                     "model in bfloat16 or float32 first, or try --no-refit."
@@ -130,11 +132,27 @@ def write_config(config: PreTrainedConfig, path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def check_modules(source: Path) -> None:
+    """Refuse modules of sentence-transformers whose weights are pickles only, which are not copied.
+
+    Raises:
+        PrunePeakError: such a module; the output would lack it.
+    """
+    for module in find_modules(source):
+        for path in (source / module).rglob("*.bin"):
+            if not any(path.parent.glob("*.safetensors")):
+                raise PrunePeakError(
+                    f"{path} is a pickle, which is not copied; expected model.safetensors beside it. Load {source} "
+                    "with sentence-transformers and save it again."
+                )
+
+
 def copy_side_files(source: Path, folder: Path) -> None:
     """Copy tokenizer, generation config, templates, licence, and the modules of sentence-transformers."""
-    for pattern in SIDE_FILES:
+    modules = [f"{escape(module)}/**/{pattern}" for module in find_modules(source) for pattern in MODULE_FILES]
+    for pattern in (*SIDE_FILES, *modules):
         for path in sorted(source.glob(pattern)):
             if path.relative_to(source).as_posix() not in NOT_COPIED and ".index." not in path.name and path.is_file():
                 copy = folder / path.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
+                copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)

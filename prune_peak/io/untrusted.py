@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, brief
 
 LONGEST = 128 * 2**20  # bytes of a JSON file; configs, indices and tokenizers are far smaller
 TEMPLATES = "additional_chat_templates"  # the only subfolder that transformers reads
-MODULES = "[0-9]_*"  # the folders that sentence-transformers reads, such as 1_Pooling
+MODULES = "modules.json"  # of sentence-transformers: names folders, such as 1_Pooling
 
 
 def check_folder(folder: Path) -> None:
@@ -21,7 +21,8 @@ def check_folder(folder: Path) -> None:
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parent.parent
-    for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*"), *folder.glob(f"{MODULES}/*")):
+    others = [TEMPLATES, *find_modules(folder)]
+    for path in (*folder.iterdir(), *(path for other in others for path in (folder / other).rglob("*"))):
         try:
             inside = path.resolve().is_relative_to(root)
         except (OSError, RuntimeError):  # circular links
@@ -32,6 +33,25 @@ def check_folder(folder: Path) -> None:
             )
         if not path.is_file() and not path.is_dir():
             raise PrunePeakError(f"{path} is neither a file nor a folder and was not opened. Remove it.")
+
+
+def find_modules(folder: Path) -> list[str]:
+    """The subfolders that `modules.json` names; none without that file.
+
+    Raises:
+        PrunePeakError: the file is damaged, or names anything but folders beside it.
+    """
+    path = folder / MODULES
+    try:
+        names = [str(module["path"]) for module in read_json(path)] if os.path.lexists(path) else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PrunePeakError(
+            f"{path} is not a list of modules of sentence-transformers ({brief(error)}). Correct it, or remove it."
+        ) from None
+    for name in names:
+        if name and (name == ".." or "\\" in name or Path(name).name != name):
+            raise PrunePeakError(f"{path} names the folder {name!r}; expected one beside it. Correct the file.")
+    return [name for name in names if name]  # the model itself has an empty path
 
 
 def check_file(path: Path) -> None:

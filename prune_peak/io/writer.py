@@ -103,7 +103,7 @@ class Writer(ExitStack):
         shape, dtype = self._layout[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, laid out as {shape} {dtype}")
-        if dtype.is_floating_point and not _is_finite(tensor):
+        if dtype.is_floating_point and not is_finite(tensor):
             raise PrunePeakError(
                 f"tensor {name!r} contains values that are not finite (NaN or infinity); expected finite weights. "
                 "Nothing was written; check the original checkpoint."
@@ -127,6 +127,6 @@ class Writer(ExitStack):
         return self.digests
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite; `aminmax` propagates NaN and is forty times as fast as `isfinite`."""
     return not tensor.numel() or all(math.isfinite(bound) for bound in tensor.aminmax())

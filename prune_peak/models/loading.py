@@ -8,11 +8,12 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.modeling_utils import local_torch_dtype
 from ..errors import PrunePeakError, brief
 from ..io.checkpoint import Checkpoint, has_weights
 from ..io.tensor_files import digest_tensor
-from ..io.untrusted import MODULES, TEMPLATES, check_folder
+from ..io.untrusted import TEMPLATES, check_folder, find_modules
 from .config_checks import (
     MOST,
     MOST_BUFFERS,
@@ -45,15 +46,13 @@ from .weight_names import check_shapes, match_names
 # Files that are copied with a checkpoint; not code, pickles or the README
 SIDE_FILES = (
     *("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.jinja", "LICENSE*", "NOTICE*"),
-    *(f"{TEMPLATES}/*.jinja", f"{MODULES}/*.json", f"{MODULES}/model.safetensors"),
+    f"{TEMPLATES}/*.jinja",
 )
+MODULE_FILES = ("*.json", "*.txt", "*.safetensors")  # of the folders that modules.json names
 CARD = "README.md"  # read for the licence
 
-# Not downloaded from the Hub: other subfolders than those above, and duplicates of the weights
-NOT_FETCHED = (
-    *("[!0-9]*/*.json", "*/*.txt", "*/*.model", "[!0-9]*/*.safetensors", "*/*.bin"),
-    *("consolidated*", "*.fp16*", "*.fp32*"),
-)
+# Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
+NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
 IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
 
 
@@ -205,6 +204,10 @@ def open_model(name: str, revision: str | None = None) -> Model:
     folder, commit = _locate(name, revision, [*SIDE_FILES, CARD, "*.safetensors"])
     if commit is not None and not any(folder.glob("*.safetensors")):
         folder, commit = _locate(name, commit, [*SIDE_FILES, CARD, "pytorch_model*.bin"])
+    modules = find_modules(folder)
+    if commit is not None and modules:
+        patterns = [f"{escape(module)}/{pattern}" for module in modules for pattern in (*MODULE_FILES, "*.bin")]
+        _locate(name, commit, patterns, ())
     spec = _read_spec(name, commit, folder)
     config, meta_model = spec.config, spec.meta_model
     checkpoint = Checkpoint(folder)
@@ -223,7 +226,9 @@ def open_model(name: str, revision: str | None = None) -> Model:
     return Model(name, commit, folder, spec.family, config, spec.model_class, checkpoint, names=names, tied=tied)
 
 
-def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
+def _locate(
+    name: str, revision: str | None, patterns: list[str], others: Sequence[str] = NOT_FETCHED
+) -> tuple[Path, str | None]:
     folder = Path(name)
     try:
         if folder.is_dir():
@@ -238,9 +243,7 @@ def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path,
             f"{name} cannot be opened ({error.strerror}). Expected a readable model folder or a Hub id."
         ) from None
     try:
-        found = Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*NOT_FETCHED])
-        )
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*others]))
     except HFValidationError:
         raise PrunePeakError(f"{name} is neither a folder nor a Hub id. Check the spelling.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -219,7 +219,7 @@ class BlockStream:
         with self._recording() as recorders, self._outer_weights(body):
             for batch in self._batches:
                 with fast_products():
-                    body(**batch)
+                    body(**{name: _as_rows(values) for name, values in batch.items()})
                 assert recorders[0].hidden is not None
                 self._states.append(recorders[0].hidden)
                 if any(recorder.hidden is not recorders[0].hidden for recorder in recorders):
@@ -302,9 +302,14 @@ class BlockStream:
                 _return_memory()
 
 
+def _as_rows(values: Tensor) -> Tensor:
+    """The inputs of the body: every choice of a multiple-choice head is a sequence."""
+    return values if values.is_floating_point() else values.flatten(0, -2)
+
+
 def _shorten(values: Tensor) -> Tensor:
     """The last tokens of the first sequence, or the first image."""
-    return values[:1] if values.is_floating_point() else values[:1, -FEW_TOKENS:]
+    return values[:1] if values.is_floating_point() else _as_rows(values)[:1, -FEW_TOKENS:]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
