@@ -37,7 +37,7 @@ DATA_FILE, TRAINING = "data.safetensors", "training"  # in the partial folder
 KEPT_CHECKPOINTS = 3  # the best, the newest, and one that is being written
 SPEED_PROBE = 1024  # rows and columns of the matrices that are multiplied to measure the speed
 ENOUGH = 0.9  # of the tokens asked for
-OVERHEAD = 1.2  # time of a step over that of its products
+OVERHEAD = 1.6  # time of a run, evaluations included, over that of its products
 
 
 @dataclass(frozen=True)
