@@ -26,7 +26,7 @@ MACHINE_SHARE = 0.8  # default budget as a share of the physical memory
 ROOMY = 3  # keep freed memory if the budget is this many times the estimate
 PROBED_TOKENS = 1400  # tokens of which verification of a whole model holds the logits
 STREAMED_TOKENS = 600  # the same for larger models, which run block by block
-LOGITS_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 14, 4  # of a token, that backpropagation keeps (bench/healing.py)
+LOGITS_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 14, 4  # of a token, that backpropagation keeps (bench/heal_runs.py)
 PASSAGE_TOKENS = 64 * 128  # tokens of self-generated text that are sampled at once
 
 

@@ -132,7 +132,7 @@ def test_an_image_model() -> None:
 
 
 REFUSED = {
-    "nothing": ([], 2, "nothing to measure; pass --data DATA, --latency"),
+    "nothing": ([], 2, "nothing to measure; pass --data DATA, --talk, --latency"),
     "no window": (["--data", "TEXT", "--windows", "0"], 2, "--windows 0: expected at least 1."),
     "another's tokens": (["BOS", "--data", "TEXT"], 1, "into different tokens, pixels or labels"),
     "no text": (["CLASSIFIER", "--data", "TEXT"], 1, "which predicts no text to evaluate"),

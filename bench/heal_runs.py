@@ -1,4 +1,4 @@
-"""What healing gives: `python bench/healing.py ORIGINAL COMPRESSED --data DATA --tokens 51200 --test test.txt`.
+"""What healing gives: `python bench/heal_runs.py ORIGINAL COMPRESSED --data DATA --tokens 51200 --test test.txt`.
 
 Heals a folder that `compress` wrote, and prints, as JSON: the divergence on held-out windows, perplexity on a test
 text, talk on prompts that nothing was tuned on (bench/prompts.txt), minutes, and peak memory beside the estimate.
