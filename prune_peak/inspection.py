@@ -30,7 +30,7 @@ from .stats.collection import collect
 # What `estimate` adds to what it times
 START_SECONDS = 10.0  # imports, digests, loading
 VERIFIED_TOKENS = 5000  # verification, as tokens of a forward pass
-TALK_TOKENS = 6000  # answers of two models to 16 prompts, likewise
+TALK_TOKENS = 15_000  # answers of two models to 16 prompts, likewise
 SHORT_SAMPLE, LONGER_SAMPLE = 4, 20  # tokens
 
 
