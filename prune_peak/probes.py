@@ -73,7 +73,7 @@ class Whole:
     """A stock model with all its weights in memory, under its hooks."""
 
     def __init__(self, model: Model, dtype: torch.dtype, hooks: Hooks | None = None) -> None:
-        self.model = model.model_class.from_pretrained(model.folder, dtype=dtype).eval()
+        self.model = model.load(dtype)
         self.hooks = hooks
 
     @torch.inference_mode()

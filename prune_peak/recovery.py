@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from .data.chat import load_stock
 from .data.windows import name_data, window_length
 from .errors import PrunePeakError, UsageError, VerificationError
 from .evaluation.divergence import Distance, measure_distance
-from .export.card import PICTURE, write_card
+from .export.card import write_card
 from .export.digests import digest_files
-from .export.recipe import PLAN_FILE, RECIPE_FILE, VERSIONS, read_recipe, write_json
+from .export.folder import copy_side_files
+from .export.recipe import RECIPE_FILE, VERSIONS, read_recipe, write_json
 from .export.resume import ResumableRun
 from .healing.training import STEP_TOKENS, into_batches, train
 from .healing.windows import HELD_OUT_FILE, HealingData, choose_data, load_data
-from .io.writer import INDEX_FILE, Writer
+from .io.writer import Writer
 from .memory import MACHINE_SHARE, estimate_healing, gigabytes, physical_memory
 from .models.execution import find_device
-from .models.loading import CARD, Model, open_model
+from .models.loading import Model, open_model
 from .option_fields import takes
 from .options import FULL, LORA, METHODS, PROCESSOR, SELF, HealOptions
 from .verification import Verification, verify
@@ -173,7 +173,7 @@ def heal(folder: str | Path, **options: Any) -> HealResult | None:
 
 def _train(job: HealJob, data: HealingData, folder: Path) -> tuple[list[Distance], Mapping[str, torch.Tensor]]:
     """The distances of original and compressed model from the original, and the best weights."""
-    original, model = (load_stock(each).to(job.device) for each in (job.original, job.model))
+    original, model = (each.load(torch.float32).to(job.device) for each in (job.original, job.model))
     held_out = into_batches(data.held_out, job.device)
     before = [measure_distance(original, each, held_out) for each in (original, model)]  # by every process alike
     on_cpu = job.device.type == PROCESSOR
@@ -184,7 +184,7 @@ def _train(job: HealJob, data: HealingData, folder: Path) -> tuple[list[Distance
 
 
 def _measure_written(job: HealJob, folder: Path, data: HealingData) -> Distance:
-    original, written = (load_stock(each).to(job.device) for each in (job.original, open_model(str(folder))))
+    original, written = (each.load(torch.float32).to(job.device) for each in (job.original, open_model(str(folder))))
     return measure_distance(original, written, into_batches(data.held_out, job.device))
 
 
@@ -269,12 +269,8 @@ def _write(job: HealJob, folder: Path, state: Mapping[str, torch.Tensor]) -> dic
         for name, disk in model.names.items():
             writer.write(disk, state[name].cpu().to(layout[disk][1]).contiguous())
         digests = writer.finish()
-    left = {RECIPE_FILE, PLAN_FILE, CARD, PICTURE, INDEX_FILE}
-    for path in sorted(job.folder.rglob("*")):
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in left:
-            copy = folder / path.relative_to(job.folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+    shutil.copyfile(job.folder / "config.json", folder / "config.json")
+    copy_side_files(job.folder, folder)
     return digests
 
 

@@ -17,7 +17,6 @@ import transformers
 
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
-from .data.chat import load_stock
 from .errors import PrunePeakError
 from .evaluation.divergence import measure_distance
 from .export.digests import changed_files, changed_tensors
@@ -197,7 +196,7 @@ def _check_healing(
         return
     batches = into_batches(rows, CPU)
     found, told = (
-        measure_distance(load_stock(original), load_stock(written), batches).kl,
+        measure_distance(original.load(torch.float32), written.load(torch.float32), batches).kl,
         healing["divergence"]["after"],
     )
     seen = f"divergence {found:.4f} on held-out windows, told {told:.4f}; other promises of compress no longer hold"

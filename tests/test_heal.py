@@ -21,8 +21,8 @@ import prune_peak
 from prune_peak.cli.main import main
 from prune_peak.data.chat import find_template, generate_chats, is_loop
 from prune_peak.data.sampling import sample_windows
+from prune_peak.data.windows import IGNORED
 from prune_peak.evaluation.divergence import divergence
-from prune_peak.evaluation.quality import IGNORED
 from prune_peak.evaluation.talk import measure_talk, read_prompts
 from prune_peak.healing import training
 from prune_peak.healing.training import collate, into_batches
@@ -116,6 +116,16 @@ def test_verify(healed: Path, cut: Path, tmp_path: Path) -> None:
     forged = run("verify", changed, "--original", LLAMA, "--data", cut.parent / "text.txt")
     assert forged.exit_code == 3
     assert "FAILED  as near to the original as told" in forged.stdout
+
+
+@pytest.mark.parametrize("healing", [{}, {"parent_tensors": [], "data": 1, "tokens": 1, "seed": 0}, None])
+def test_a_damaged_recipe_of_healing_is_refused(healing: Any, healed: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(healed, tmp_path / "changed")
+    recipe = json.loads((changed / "prune_peak.json").read_text())
+    (changed / "prune_peak.json").write_text(json.dumps(recipe | {"healing": healing}))
+    result = run("verify", changed, "--original", LLAMA)
+    assert result.exit_code == 1
+    assert "no readable prune_peak.json" in result.stderr
 
 
 def test_rows_are_disjoint(cut: Path) -> None:

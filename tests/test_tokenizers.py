@@ -103,18 +103,23 @@ def convert(source: Model) -> Conversion:
     return choose_conversion(source, sites, {site.name: site.neurons // 2 for site in sites}, torch.float32)
 
 
+def write(folder: Path, written: Path) -> Path:
+    """Config and tokenizer of the class that is written for a model."""
+    source = open_model(str(folder))
+    conversion = convert(source)
+    check_tokenizer(source, conversion)
+    written.mkdir()
+    write_config(conversion.config, written / "config.json")
+    copy_side_files(folder, written)
+    keep_tokenizer(source, conversion, written)
+    return written
+
+
 @pytest.mark.parametrize("model_type", SOURCES)
 def test_tokenizer_of_another_class(model_type: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     folder = FIRST[model_type].save(tmp_path / "source")
     tokenizer.save_pretrained(folder)
-    source = open_model(str(folder))
-    conversion = convert(source)
-    written = tmp_path / "written"
-    written.mkdir()
-    write_config(conversion.config, written / "config.json")
-    copy_side_files(folder, written)
-    check_tokenizer(source, conversion)
-    keep_tokenizer(source, conversion, written)
+    written = write(folder, tmp_path / "written")
     first, second = (AutoTokenizer.from_pretrained(path) for path in (folder, written))
     assert _behaviour(second, first) == _behaviour(first, first)
 
@@ -142,23 +147,15 @@ def test_tokenizer_model_alone(model_type: str, sentencepiece_model: Path, tmp_p
     """Without `tokenizer.json`; Gemma's class reads this file otherwise than any other, and is refused."""
     folder = FIRST[model_type].save(tmp_path / "source")
     shutil.copy(sentencepiece_model, folder)
-    source = open_model(str(folder))
-    conversion = convert(source)
     if model_type == "gemma":
         with pytest.raises(PrunePeakError, match="behaves otherwise"):
-            check_tokenizer(source, conversion)
+            write(folder, tmp_path / "written")
         return
-    written = tmp_path / "written"
-    written.mkdir()
-    write_config(conversion.config, written / "config.json")
-    copy_side_files(folder, written)
-    check_tokenizer(source, conversion)
-    keep_tokenizer(source, conversion, written)
-    assert behaves_alike(folder, written)
+    assert behaves_alike(folder, write(folder, tmp_path / "written"))
 
 
 def test_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
-    """Where no class can be asked, nobody knows what another one would do."""
+    """Without the source's behaviour there is nothing to compare with."""
     folder = BY_NAME["mistral"].save(tmp_path / "source")
     (folder / "tokenizer.model").write_bytes(b"damaged")
     source = open_model(str(folder))

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..errors import brief
 from ..models.loading import Model
 from .texts import load_tokenizer
+from .windows import IGNORED
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +75,6 @@ def is_loop(tokens: Sequence[int]) -> bool:
     return len(grams) >= least and len(set(grams)) < share * len(grams)
 
 
-def load_stock(model: Model, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The whole model, to generate with."""
-    stock: PreTrainedModel = model.model_class.from_pretrained(model.folder, dtype=dtype).eval()
-    return stock
-
-
 def generate(
     stock: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: int, ends: Sequence[int], sample: bool = False
 ) -> list[list[int]]:
@@ -108,13 +103,13 @@ def generate_chats(model: Model, tokens: int, longest: int, seed: int) -> list[t
     """Chats of about so many tokens in all: the user's turn is sampled, the answer greedy; loops are left out.
 
     Returns:
-        input_ids and labels, (length,) each; labels are -100 where the template writes the next token. Empty without a
-        template.
+        input_ids and labels, (length,) each; labels are `IGNORED` where the template writes the next token. Empty
+        without a template.
     """
     template = find_template(model)
     if template is None:
         return []
-    stock = load_stock(model)
+    stock = model.load(torch.float32)
     chats: list[tuple[Tensor, Tensor]] = []
     with torch.random.fork_rng(devices=[]), tqdm(total=tokens, desc="generate chat", unit="token") as bar:
         torch.manual_seed(seed)
@@ -140,8 +135,8 @@ def generate_chats(model: Model, tokens: int, longest: int, seed: int) -> list[t
 def _label(template: ChatTemplate, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([*prompt, *answer])
     labels = ids.roll(-1)
-    labels[-1] = -100
+    labels[-1] = IGNORED
     first, last = len(template.before) - 1, len(prompt) - 1
-    labels[:first] = -100
-    labels[last - len(template.after) : last] = -100
+    labels[:first] = IGNORED
+    labels[last - len(template.after) : last] = IGNORED
     return ids, labels

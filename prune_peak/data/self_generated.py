@@ -79,7 +79,7 @@ def generate_tokens(model: Model, count: int, length: int, seed: int) -> Tensor:
     check_vocabulary(model, first)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(min(len(tokenizer), vocabulary)) if token not in special])
-    stock = model.model_class.from_pretrained(model.folder, dtype=model.dtype).eval()
+    stock = model.load(model.dtype)
     size = min(PASSAGE, length)
     each = math.ceil(length / size)
     # Plain sampling of ordinary tokens replaces the model's generation settings; EOS is suppressed

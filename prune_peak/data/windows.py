@@ -15,6 +15,7 @@ from ..models.loading import IMAGES, Model
 from ..models.streaming import Batch
 from ..options import SELF
 
+IGNORED = -100  # target that cross-entropy leaves out
 BATCH_IMAGES = 16  # of about 200 patches each
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from ..data.windows import IGNORED
 from ..models.streaming import Batch
-from .quality import IGNORED
 
 ROWS = 256  # positions whose distributions are in memory at once
 

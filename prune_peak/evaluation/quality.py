@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from ..data.images import read_labelled
 from ..data.texts import load_tokenizer, read_windows
-from ..data.windows import BATCH_IMAGES, Windows, into_batches, join, name_data, window_length
+from ..data.windows import BATCH_IMAGES, IGNORED, Windows, into_batches, join, name_data, window_length
 from ..errors import PrunePeakError
 from ..models.execution import ExecutionConfig
 from ..models.loading import Model
@@ -27,7 +27,6 @@ PERPLEXITY, MASKED_ACCURACY, IMAGE_ACCURACY = "perplexity", "masked-token accura
 MASKED = 0.15  # share of a window's ordinary tokens that are masked for a masked LM, as in BERT
 EXPLODED, COLLAPSED = 10, 0.5  # times the original's perplexity, or accuracy: beyond it a model is unusable
 LARGEST_LOSS = 700.0  # nats; the perplexity of a larger loss is not a float
-IGNORED = -100  # target that cross-entropy leaves out
 LOGITS_AT_ONCE = 2**18  # float32 logits that fit a processor's cache; all at once takes twice the time
 
 

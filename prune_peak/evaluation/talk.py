@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..data.chat import ChatTemplate, find_ends, find_template, generate, is_loop, load_stock
+from ..data.chat import ChatTemplate, find_ends, find_template, generate, is_loop
 from ..data.texts import load_tokenizer, read_texts
 from ..errors import PrunePeakError
 from ..models.loading import Model, open_model
@@ -80,11 +80,11 @@ def measure_talk(models: Sequence[Model], prompts: Sequence[str]) -> list[Talk]:
             raise PrunePeakError(f"{models[0].name} and {other.name} turn the prompts into different tokens.")
     tokenizer = load_tokenizer(models[0])
     ends = sorted(find_ends(models[0], tokenizer))
-    original = load_stock(models[0])
+    original = models[0].load(torch.float32)
     expected: list[list[int]] = []
     found = []
     for number, model in enumerate(models):
-        stock = original if number == 0 else load_stock(model)
+        stock = original if number == 0 else model.load(torch.float32)
         answers, distances = [], []
         for start in tqdm(range(0, len(asked), AT_ONCE), desc="talk", unit="batch"):
             answers += generate(stock, asked[start : start + AT_ONCE], LONGEST, ends)

@@ -105,6 +105,10 @@ def read_recipe(folder: Path) -> dict[str, Any]:
             raise TypeError("tensors, files, options.refit, options.keep_shape, options.sites")
         if options["unit"] not in UNITS:
             raise TypeError("options.unit")
+        healing = recipe.get("healing", {"parent_tensors": {}, "data": "", "tokens": 1, "seed": 0})
+        kinds = {"parent_tensors": dict, "data": str, "tokens": int, "seed": int}
+        if not all(type(healing[key]) is kind for key, kind in kinds.items()):
+            raise TypeError("healing")
         if not all(type(site["kept"]) is int and site["kept"] > 0 for site in recipe["sites"].values()):
             raise TypeError("sites.kept")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.windows import IGNORED
 from ..errors import PrunePeakError
 from ..evaluation.divergence import divergence, measure_distance
-from ..evaluation.quality import IGNORED
 from ..options import LORA
 from .windows import HealingData, Row
 
@@ -128,7 +128,7 @@ def train(
 def _arguments(
     data: HealingData, tokens: int, method: str, folder: Path, seed: int, tokens_at_once: int, on_cpu: bool
 ) -> TrainingArguments:
-    rows = rows_per_step(data)
+    rows = max(1, round(STEP_TOKENS * len(data.train) / data.tokens))  # of a step
     steps = max(1, round(tokens / data.tokens * len(data.train) / rows))
     every = min(steps, max(LEAST_STEPS, steps // EVALUATIONS))
     arguments = TrainingArguments(
@@ -158,11 +158,6 @@ def _arguments(
     arguments.per_device_train_batch_size = max(1, rows * tokens_at_once // STEP_TOKENS // processes)
     arguments.gradient_accumulation_steps = max(1, rows // (processes * arguments.per_device_train_batch_size))
     return arguments
-
-
-def rows_per_step(data: HealingData) -> int:
-    """Rows whose tokens are about those of one update."""
-    return max(1, round(STEP_TOKENS * len(data.train) / data.tokens))
 
 
 def _add_adapters(model: PreTrainedModel) -> Any:

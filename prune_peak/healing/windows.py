@@ -13,9 +13,8 @@ from ..data.chat import generate_chats
 from ..data.sampling import sample_windows
 from ..data.self_generated import PASSAGE, generate_tokens
 from ..data.texts import read_windows
-from ..data.windows import Windows, name_data, window_length
+from ..data.windows import IGNORED, Windows, name_data, window_length
 from ..errors import PrunePeakError
-from ..evaluation.quality import IGNORED
 from ..io.tensor_files import load_tensors, save_tensors
 from ..models.loading import Model
 from ..options import SELF
@@ -57,13 +56,20 @@ class HealingData:
 
 
 def load_data(path: Path) -> HealingData:
-    """Rows that `HealingData.save` kept."""
+    """Rows that `HealingData.save` kept.
+
+    Raises:
+        PrunePeakError: the file is missing or damaged.
+    """
     tensors, metadata = load_tensors(path)
-    lengths = tensors["lengths"].tolist()
-    parts = [tensors[name].split(lengths) for name in ("input_ids", "labels")]
-    rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(*parts, strict=True)]
-    count = int(metadata["train"])
-    return HealingData(metadata["source"], rows[:count], rows[count:])
+    try:
+        lengths = tensors["lengths"].tolist()
+        parts = [tensors[name].split(lengths) for name in ("input_ids", "labels")]
+        rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(*parts, strict=True)]
+        count = int(metadata["train"])
+        return HealingData(metadata["source"], rows[:count], rows[count:])
+    except (KeyError, ValueError, TypeError, RuntimeError):
+        raise PrunePeakError(f"{path} has no rows of tokens. Heal the compressed folder again.") from None
 
 
 def choose_data(original: Model, recipe: Mapping[str, Any], data: str, tokens: int, seed: int) -> HealingData:

@@ -128,6 +128,11 @@ class Model(ModelSpec):
         """`Checkpoint.read_ahead` for names in the class."""
         self.checkpoint.read_ahead([self.names[self.tied.get(name, name)] for name in names])
 
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The stock model with all its weights in memory, in evaluation mode."""
+        loaded: PreTrainedModel = self.model_class.from_pretrained(self.folder, dtype=dtype).eval()
+        return loaded
+
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with parameters on `meta` and computed buffers, in evaluation mode, without a cache."""
         empty_model = self._build(dtype)

@@ -40,7 +40,7 @@ def summarize(model: Model, sites: Sequence[Site], windows: Tensor, dtype: torch
 
 def load_whole(model: Model, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model with all its weights in memory."""
-    stock: PreTrainedModel = model.model_class.from_pretrained(model.folder, dtype=dtype).eval()
+    stock: PreTrainedModel = model.load(dtype)
     stock.config.use_cache = False
     return stock
 
