@@ -58,7 +58,7 @@ def keep_tokenizer(source: Model, conversion: Conversion, folder: Path) -> None:
             raise PrunePeakError(
                 f"the tokenizer of {source.name} cannot be loaded here, so it is not known what it does once "
                 f"{conversion.model_class.__name__} is written. Install what it needs (tokenizer.model: pip install "
-                "sentencepiece), or pass --output-class own."
+                "sentencepiece protobuf), or pass --output-class own."
             )
         return
     expected = _behaviour(tokenizer, tokenizer)
