@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format real faults oldest readers bench docs-generated clean
+.PHONY: demo test check format real faults oldest readers zoo bench docs-generated clean
 
 # One environment for all targets; rebuilt when its requirements change
 .venv/ready: pyproject.toml constraints.txt
@@ -57,10 +57,14 @@ readers: .venv/ready  ## test how older releases of transformers load the writte
 	$(BIN)/python bench/readers.py read build/readers > build/readers/log
 	$(BIN)/python bench/readers.py table build/readers
 
+zoo: .venv/ready  ## try every model type of transformers, for docs/models.md: ten minutes
+	$(BIN)/python bench/zoo.py > docs/data/zoo.json
+	$(BIN)/pytest tests/test_docs.py --write-docs
+
 bench: .venv/ready  ## measure the costs in docs/performance.md, as JSON in bench-output: two to three hours on an idle machine
 	$(BIN)/python bench/all.py
 
-docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the runs in docs/healing.md and the map in CONTRIBUTING.md
+docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the runs in docs/healing.md and docs/models.md and the map in CONTRIBUTING.md
 	$(BIN)/pytest tests/test_site_kinds.py tests/test_structure.py tests/test_options.py tests/test_docs.py --write-docs
 
 format: .venv/ready  ## format, and fix what lint can fix

@@ -25,7 +25,7 @@ from prune_peak.data.windows import into_batches
 from prune_peak.export.folder import FolderWriter
 from prune_peak.models.bfloat16 import fast_products
 from prune_peak.models.loading import open_model
-from prune_peak.models.streaming import Batch
+from prune_peak.models.stream import Batch
 from prune_peak.options import AUTO, Budget, PruningOptions
 from prune_peak.pruning.budget import find_allocations
 from prune_peak.pruning.site_pruning import plan_site

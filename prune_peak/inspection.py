@@ -17,9 +17,9 @@ from .data.self_generated import PASSAGES, generate_tokens
 from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
 from .job import Job, convert, plan_widths, prepare
-from .models.families import FAMILIES, find_blocks
+from .models.families import find_blocks
 from .models.loading import Model, ModelSpec, count_patches, open_model_spec
-from .models.streaming import BlockStream
+from .models.whole import open_stream
 from .option_fields import takes
 from .options import Budget, CompressOptions, InspectOptions, Ratio
 from .pruning.budget import Widths, count_parameters
@@ -154,8 +154,7 @@ def _inspect_kind(
     )
     folded_into = "nowhere: no bias takes them, so they are zero"
     if not conversion.zero_filled:
-        family = FAMILIES[conversion.config.model_type]
-        written = find_sites(conversion.meta_model, family, [kind], budget.unit, in_place)[0]
+        written = find_sites(conversion.meta_model, conversion.family, [kind], budget.unit, in_place)[0]
         assert written.folded_into is not None
         module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix(".bias")
         folded_into = f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
@@ -232,12 +231,12 @@ def _time_block(job: Job) -> tuple[float, float]:
         count = 2 * max(1, execution.batch_tokens // workload.length)
         windows = torch.randint(source.config.vocab_size, (count, workload.length))
     batches = into_batches(windows, execution.batch_tokens)[:2]
-    stream = BlockStream(source, batches, workload.dtype, execution)
+    stream = open_stream(source, batches, workload.dtype, execution)
     steps = stream.steps()  # named, because its weights leave memory with it
     step = next(steps)
-    tokens = sum(step.tokens)
-    bare = _seconds(lambda: list(step.run())) / tokens
-    sites = [site for site in job.sites if site.block == 0]
+    tokens = sum(step.rows(job.sites[0].name))
+    bare = _seconds(lambda: list(step.run())) / tokens / stream.blocks_at_once
+    sites = [site for site in job.sites if site.block == job.sites[0].block]
     widths = job.allocations[0]
     began = time.perf_counter()
     if job.statistics is not None:

@@ -18,6 +18,7 @@ from .memory import Workload, estimate_workload, plan_execution
 from .models.execution import ExecutionConfig
 from .models.loading import Model, ModelSpec, open_model
 from .options import AUTO, Budget, CompressOptions
+from .proof import prove
 from .pruning.budget import Widths, find_allocations
 from .sites.finding import find_sites
 from .sites.site import Site
@@ -108,6 +109,7 @@ def plan_widths(spec: ModelSpec, budget: Budget, output_class: str) -> tuple[lis
     Raises:
         PrunePeakError: nothing would be pruned, nothing kept, or the target cannot be reached.
     """
+    prove(spec, budget.kinds)
     sites = find_sites(spec.meta_model, spec.family, budget.kinds, budget.unit, budget.keep_shape)
     return sites, find_allocations(spec, sites, budget, output_class)
 

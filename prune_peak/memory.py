@@ -18,6 +18,7 @@ from .models.bfloat16 import factor_type
 from .models.execution import BATCH_TOKENS, DTYPES, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
 from .models.families import find_blocks
 from .models.loading import Model, count_patches
+from .models.whole import BLOCKS_AT_ONCE
 from .options import FULL, PROCESSOR, CalibrationOptions
 from .sites.site import Site
 
@@ -107,22 +108,24 @@ def _advice(source: Model, workload: Workload, budget: int) -> str:
 def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_states_on_disk: bool) -> int:
     """Estimated peak of resident bytes."""
     config, width = source.config, workload.dtype.itemsize
-    hidden, neurons = int(config.hidden_size), max(site.neurons for site in workload.sites)
+    hidden, neurons = (max(getattr(site, size) for site in workload.sites) for size in ("hidden", "neurons"))
+    whole = not source.family.streamable
     stored = source.dtype.itemsize
     block = sum(parameter.numel() for parameter in find_blocks(source.meta_model, source.family)[0].parameters())
     ends = sum(tensor.numel() for name, tensor in source.meta_model.state_dict().items() if _is_outside(source, name))
     factor = factor_type(workload.dtype).itemsize
     wide = factor if factor > width else 0  # bytes per element of the converted factors
-    weights = block * factor
-    states = 0 if hidden_states_on_disk or workload.is_measured else workload.tokens * hidden * width
+    weights = source.parameters * factor if whole else block * factor
+    states = 0 if hidden_states_on_disk or workload.is_measured or whole else workload.tokens * hidden * width
     batch = batch_tokens * ((4 * neurons + 8 * hidden) * width + (neurons + hidden) * wide)
-    measured = neurons * 256 * 8
+    at_once = len([site for site in workload.sites if site.block < BLOCKS_AT_ONCE]) if whole else 1
+    measured = at_once * neurons * 256 * 8
     accumulator = solving = 0
     if workload.refit and workload.tokens < neurons:
         accumulator = workload.tokens * neurons * width
         solving = 2 * accumulator + 20 * workload.tokens**2 + 12 * neurons * hidden + 12 * workload.tokens * neurons
     elif workload.refit:
-        accumulator = 8 * neurons**2
+        accumulator = at_once * 8 * neurons**2
         solving = 32 * neurons**2
     vocabulary = int(getattr(config, "vocab_size", 0))
     held = states + measured + accumulator
@@ -139,8 +142,12 @@ def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_
 
 def _own_text_memory(source: Model) -> int:
     """Bytes of the whole model and its cache while it generates text."""
-    cache = 2 * len(find_blocks(source.meta_model, source.family)) * int(source.config.hidden_size) * PASSAGE_TOKENS
+    cache = 2 * len(find_blocks(source.meta_model, source.family)) * _hidden_size(source) * PASSAGE_TOKENS
     return BASE_MEMORY + 2 * source.size + cache * source.dtype.itemsize
+
+
+def _hidden_size(model: Model) -> int:
+    return int(model.meta_model.get_input_embeddings().weight.shape[-1])
 
 
 def _is_outside(source: Model, name: str) -> bool:
@@ -153,7 +160,8 @@ def estimate_healing(original: Model, model: Model, tokens: int, method: str) ->
     trained = model.parameters if method == FULL else 0  # adapters are a few per cent
     states = 4 * (original.parameters + model.parameters + 3 * trained)  # gradient and two moments, in float32
     logits = 4 * LOGITS_COPIES * tokens * int(config.vocab_size)
-    kept = HIDDEN_COPIES * int(config.hidden_size) + MLP_COPIES * int(getattr(config, "intermediate_size", 0))
+    width = getattr(config, "intermediate_size", 0)
+    kept = HIDDEN_COPIES * _hidden_size(model) + MLP_COPIES * (width if isinstance(width, int) else 0)
     return BASE_MEMORY + states + logits + 4 * tokens * len(find_blocks(model.meta_model, model.family)) * kept
 
 

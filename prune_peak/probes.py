@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from .models.bfloat16 import fast_products
 from .models.execution import CPU, ExecutionConfig
 from .models.loading import IMAGES, Model
-from .models.streaming import Batch, BlockStream
+from .models.stream import Batch
+from .models.streaming import BlockStream
 from .sites.hooks import ablated
 from .sites.plan import SitePlan
 from .sites.site import Site
@@ -52,9 +53,10 @@ def probe_batches(model: Model, probes: int) -> list[Batch]:
     """
     generator, config = torch.Generator().manual_seed(0), model.config
     if model.sees_images:
-        size = config.image_size
+        vision = model.vision_config
+        size = getattr(vision, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else size
-        return [{IMAGES: torch.randn(probes, config.num_channels, height, width, generator=generator)}]
+        return [{IMAGES: torch.randn(probes, vision.num_channels, height, width, generator=generator)}]
     longest = model.positions or 128
     length = max(2, min(96, longest - DECODED))
     full = torch.randint(config.vocab_size, (probes, length), generator=generator)

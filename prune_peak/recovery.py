@@ -26,6 +26,7 @@ from .io.writer import Writer
 from .memory import MACHINE_SHARE, estimate_healing, gigabytes, physical_memory
 from .models.execution import find_device
 from .models.loading import Model, open_model
+from .models.weight_names import split_merged
 from .option_fields import takes
 from .options import FULL, LORA, METHODS, PROCESSOR, SELF, HealOptions
 from .verification import Verification, verify
@@ -264,10 +265,13 @@ def _prepare_data(job: HealJob, path: Path) -> HealingData:
 def _write(job: HealJob, folder: Path, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The weights in the types of the compressed folder, and its other files."""
     model = job.model
-    layout = {disk: (model.checkpoint.shape(disk), model.checkpoint.dtype(disk)) for disk in model.names.values()}
+    layout = {disk: (model.checkpoint.shape(disk), model.checkpoint.dtype(disk)) for disk in model.disk_names}
     with Writer(folder, layout) as writer:
         for name, disk in model.names.items():
             writer.write(disk, state[name].cpu().to(layout[disk][1]).contiguous())
+        merged = {name: state[name].cpu() for name in model.merged}
+        for disk, tensor in split_merged(model.meta_model, merged).items():
+            writer.write(disk, tensor.to(layout[disk][1]).contiguous())
         digests = writer.finish()
     shutil.copyfile(job.folder / "config.json", folder / "config.json")
     copy_side_files(job.folder, folder)

@@ -178,7 +178,7 @@ def _check_healing(
     """Learned weights have no law to follow: they are finite, in the shapes of the parent, and as near as is told."""
     healing = recipe["healing"]
     same = healing["parent_tensors"].keys() == set(written.checkpoint.names)
-    finite = all(bool(written.read(name).isfinite().all()) for name in written.names)
+    finite = all(bool(written.read(name).isfinite().all()) for name in written.tensor_names)
     written.checkpoint.release()
     seen = "the parent's names, all values finite" if same and finite else "other names, or values that are not finite"
     result.add("tensors are those of a healed model", same and finite, seen)
@@ -226,7 +226,7 @@ def _check_tensors(
 ) -> None:
     """Copied tensors equal the original's, sliced and folded ones what the plan gives."""
     differing = []
-    others = set(written.names)
+    others = set(written.tensor_names)
     for block in tensors_by_block(original.meta_model, original.family):
         for name, tensor in prune_block(original, conversion, plan, block).items():
             others.discard(name)
@@ -249,7 +249,7 @@ def _check_outputs(
     execution: ExecutionConfig,
 ) -> None:
     """The function is the ablated original's, in prefill and in cached decoding."""
-    whole = original.size <= execution.whole_size
+    whole = original.size <= execution.whole_size or not original.family.streamable
     batches = probe_batches(original, PROBES if whole else STREAMED_PROBES)
     hooks = Hooks(sites, plan)
 

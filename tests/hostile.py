@@ -324,13 +324,24 @@ CONFIG = {
     "dangling link": (link(C, "gone.json"), "neither a file nor a folder"),
     "folder": (make_folder(C), "is not readable JSON"),
     "missing": (remove(C), "contains no config.json"),
-    "no type": (config(model_type=DROP), "the model type None, which is not supported"),
+    "no type": (config(model_type=DROP), "the model type None, which is not one of transformers"),
     "type a number": (config(model_type=5), "the model type 5"),
     "type a list": (config(model_type=["llama"]), "the model type ['llama']"),
     "type with escapes": (config(model_type=ESCAPES), r"\x1b]0;owned\x07\x1b[31m\nError: all is well"),
     "type of a megabyte": (config(model_type="x" * 2**20), "..."),
     "encoder-decoder": (config(model_type="t5", is_encoder_decoder=True), "an encoder-decoder"),
-    "experts": (config(model_type="mixtral", num_local_experts=8), "a mixture of experts"),
+    "experts": (
+        config(model_type="mixtral", num_local_experts=8, architectures=["MixtralForCausalLM"]),
+        "experts, or a convolution",
+    ),
+    "blocks of another name": (
+        config(model_type="bart", architectures=["BartForCausalLM"], decoder_layers=10**7),
+        "sets decoder_layers to 10000000; expected 0 to 1000",
+    ),
+    "images without end": (
+        config(model_type="data2vec-vision", architectures=["Data2VecVisionModel"], image_size=10**6),
+        "no small Data2VecVisionModel runs",
+    ),
     "multimodal": (config(model_type="llava", text_config={}), "a multimodal wrapper"),
     "quantized": (config(quantization_config={"quant_method": "gptq"}), "a quantized checkpoint"),
     "custom code": (
@@ -608,7 +619,7 @@ JSONL = {
     "a text of nothing": (put("text.jsonl", GOOD + '{"text": null}\n'), LINES),
     "lone surrogate": (put("text.jsonl", GOOD + '{"text": "\\ud800"}\n'), LINES),
     "nested too deeply": (put("text.jsonl", GOOD + DEEP + "\n"), LINES),
-    "empty line": (put("text.jsonl", GOOD + "\n" + GOOD), LINES),
+    "empty line": (put("text.jsonl", GOOD + "\n" + GOOD), "fewer than one window"),
     "pipe": (pipe("text.jsonl"), "not a file"),
 }
 

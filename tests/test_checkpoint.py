@@ -166,7 +166,7 @@ SPOILED = {
     "absurd width": (spoil_shape, "config and the weights of one model"),
     "absurd depth": (spoil_blocks, "expected 1 to 1000"),
     "config not JSON": (spoil_config, "not readable JSON"),
-    "unknown model type": (spoil_type, "'mamba', which is not supported. Supported: beit, bert, camembert, "),
+    "unknown model type": (spoil_type, "MambaModel has no MLP that can be pruned"),
     "class of another kind": (spoil_class, "Custom code is never run"),
     "quantized": (spoil_quantized, "quantized"),
     "no weights": (spoil_weights, "contains no weights"),

@@ -28,7 +28,7 @@ from prune_peak.errors import PrunePeakError
 from prune_peak.export.folder import FolderWriter
 from prune_peak.export.recipe import read_plan
 from prune_peak.models.loading import Model, open_model
-from prune_peak.models.streaming import Batch
+from prune_peak.models.stream import Batch
 from prune_peak.probes import Outputs
 from prune_peak.pruning.site_pruning import select
 from prune_peak.sites.finding import find_sites

@@ -26,6 +26,7 @@ ORDER = [
     "studies",
     "verification",
     "probes",
+    "proof",
     "healing",
     "pruning",
     "export",

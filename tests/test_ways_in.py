@@ -113,12 +113,16 @@ def test_a_bin_that_holds_more_than_tensors_is_refused(tmp_path: Path) -> None:
 
 REFUSED = {
     "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder-decoder"),
-    "mixture of experts": ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
+    "mixture of experts": ({"model_type": "mixtral", "num_local_experts": 8}, "has no MLP that can be pruned.*experts"),
     "multimodal": ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "a multimodal wrapper"),
     "remote code": ({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}, "custom code"),
     "quantized": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "a quantized checkpoint"),
-    "unknown": ({"model_type": "bloom"}, "is not supported. Supported: beit, .*gpt2, gpt_neox, gptj, granite"),
-    "no type": ({}, "is not supported"),
+    "unknown": ({"model_type": "bloomer"}, "'bloomer', which is not one of transformers"),
+    "no width": (
+        {"model_type": "bloom"},
+        "BloomForCausalLM has no MLP that can be pruned. No key of its config is a width",
+    ),
+    "no type": ({}, "None, which is not one of transformers"),
     "width of words": ({"model_type": "llama", "hidden_size": "wide"}, "not a valid llama config"),
     "negative width": ({"model_type": "llama", "hidden_size": -64}, "not a valid llama config"),
     "no blocks": ({"model_type": "llama", "num_hidden_layers": 0}, "expected 1 to 1000"),

@@ -50,7 +50,8 @@ def compress(
 ) -> None:
     """Prune neurons, fold their peaks, refit the rest, and write a smaller checkpoint for stock transformers.
 
-    DATA is `self` (text that the model generates), a .txt or .jsonl file, a folder of images, or a Hub data set.
+    DATA is `self` (text that the model generates), a file (plain text, .jsonl, .json,
+    .csv or .parquet with a column `text` or `messages`; .gz of these), a folder of images, or a Hub data set.
 
     \b
     Examples:

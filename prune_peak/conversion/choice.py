@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunePeakError, UsageError, brief
 from ..models.config_checks import build_meta_model, find_class
+from ..models.config_keys import all_keys, write_key
 from ..models.families import FAMILIES, blocks_path
 from ..models.loading import ModelSpec
 from ..options import AUTO, OWN
@@ -132,13 +133,14 @@ def _merge_shapes(source: ModelSpec, sites: Sequence[Site], kept: Mapping[str, i
 
 def _own_config(source: ModelSpec, sites: Sequence[Site], shape: ConfigDict) -> PreTrainedConfig:
     """The source's config with the smaller shapes, and with the biases that it can open."""
-    known = type(source.config)().to_dict()
-    biases = {site.bias_key: True for site in sites if site.bias_key in known}
     config = copy.deepcopy(source.config)
+    keys = {key for key, _ in all_keys(config)} | {*config.attribute_map}
+    biases = {site.bias_key: True for site in sites if site.bias_key is not None and site.bias_key in keys}
     # head_dim is read even where a config does not declare it; ViT has no KV groups
-    values = {key: value for key, value in shape.items() if key == "head_dim" or hasattr(config, key)}
+    values = {key: value for key, value in shape.items() if key.endswith("head_dim") or key in keys}
     try:
-        config.update(values | biases)
+        for key, value in (values | biases).items():
+            write_key(config, key, value)
         type(config)(**config.to_dict())  # configs are only checked when they are created
     except Exception as error:  # the strict config classes raise their own kinds
         raise _refused(config, error) from None

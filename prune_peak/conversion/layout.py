@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.families import FAMILIES, blocks_path, tensors_by_block
+from ..models.families import FAMILIES, Family, blocks_path, tensors_by_block
 from ..models.loading import ModelSpec
+from ..options import OWN
+from ..sites.plan import SitePlan
 from ..sites.site import Site
 from .mappings import ClassMapping, ConfigDict, UnsupportedClass
 
@@ -31,6 +33,11 @@ class Conversion:
     config_dict: ConfigDict | None = None  # the source's config in the keys of the class
     reason: str = ""  # what the preferred classes lack; empty where this is the first
     block_map: Sequence[int | None] | None = None  # the new number of every block, None for a removed one; same numbers
+
+    @property
+    def family(self) -> Family:
+        """What can be pruned in the class that is written."""
+        return self.source.family if self.output_class == OWN else FAMILIES[self.config.model_type]
 
     @property
     def zero_filled(self) -> tuple[str, ...]:
@@ -91,9 +98,19 @@ class Conversion:
                 pruned.setdefault(site.folded_into, pruned[site.weight].new_empty(site.hidden))
         return pruned
 
+    def prune(
+        self, block: int | None, tensors: Mapping[str, Tensor], plan: Mapping[str, SitePlan]
+    ) -> dict[str, Tensor]:
+        """The tensors of a source block (None: outside the blocks), pruned by a plan and converted."""
+        sites = [site for site in self.sites if site.block == block]
+        # a bias that also takes another site's constants takes its own first
+        for site in sorted(sites, key=lambda site: site.folded_into != site.bias):
+            tensors = site.kind.prune(tensors, site, plan[site.name])
+        return self.convert(block, tensors)
+
     def convert(self, block: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pruned tensors of a source block (None: outside the blocks), as the class has them."""
-        family, written = self.source.family, FAMILIES[self.config.model_type]
+        family, written = self.source.family, self.family
         source_path, path = blocks_path(self.source.meta_model, family), blocks_path(self.meta_model, written)
         if block is None:
             source_path, path = source_path.removesuffix(family.blocks), path.removesuffix(written.blocks)

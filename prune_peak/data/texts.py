@@ -8,10 +8,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import PrunePeakError, brief
-from ..io.untrusted import check_file, parse_json
 from ..models.loading import Model
-
-LONGEST_TEXT = 4 * 2**20  # characters that are read of a text, from its start: about 2,000 windows of 512 tokens
+from .text_files import LONGEST_TEXT, Record, read_records
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -23,37 +21,32 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_texts(name: str) -> list[str]:
-    """The texts of a `.txt` file (one), a `.jsonl` file (the key `text` of every line), or a Hub data set.
+def read_texts(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """The texts of a file (`text_files`) or of a Hub data set; chats are rendered by the tokenizer's template.
 
     Raises:
-        PrunePeakError: the file is missing, not text, or not of that form.
+        PrunePeakError: the file is missing, of another form, or holds chats without a template to render them.
     """
     path = Path(name)
     if not path.suffix and (os.path.isdir(name) or not os.path.exists(name)):
-        return _read_data_set(name)
+        return [_render(record, name, tokenizer) for record in _read_data_set(name)]
+    return [_render(record, name, tokenizer) for record in read_records(path)]
+
+
+def _render(record: Record, name: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if isinstance(record, str):
+        return record
+    if tokenizer is None or not tokenizer.chat_template:
+        raise PrunePeakError(
+            f"{name} holds chats, and the model has no chat template to render them. Pass a text instead."
+        )
     try:
-        check_file(path)
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST_TEXT)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrunePeakError(f"{name} is not a readable UTF-8 text ({brief(error)}).") from None
-    if path.suffix != ".jsonl":
-        return [text]
-    texts = []
-    lines = text.removesuffix("\n").split("\n") if text else []
-    for number, line in enumerate(lines[: None if len(text) < LONGEST_TEXT else -1], start=1):
-        try:
-            texts.append(parse_json(line)["text"])
-            texts[-1].encode()  # JSON can hold half a surrogate pair, which is not text
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise PrunePeakError(
-                f'{name}, line {number}: expected an object with a "text", like {{"text": "..."}}.'
-            ) from None
-    return texts
+        return str(tokenizer.apply_chat_template(record, tokenize=False))
+    except Exception as error:  # a template raises what it wants
+        raise PrunePeakError(f"the chat template fails on a chat of {name} ({brief(error)}).") from None
 
 
-def _read_data_set(name: str) -> list[str]:
+def _read_data_set(name: str) -> list[Record]:
     try:
         import datasets
     except ImportError:
@@ -62,15 +55,17 @@ def _read_data_set(name: str) -> list[str]:
             "pip install 'prune-peak[datasets]'."
         ) from None
     try:
-        texts, size = [], 0
+        texts: list[Record] = []
+        size = 0
         for row in datasets.load_dataset(name, split="train", streaming=True):
-            texts.append(row["text"])
-            size += len(row["text"])
+            texts.append(row["text"] if "text" in row else row["messages"])
+            size += len(str(texts[-1]))
             if size > LONGEST_TEXT:
                 break
     except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
         raise PrunePeakError(
-            f"{name} is neither a file nor a data set with a split `train` and a column `text` ({brief(error)})."
+            f"{name} is neither a file nor a data set with a split `train` and a column `text` or `messages` "
+            f"({brief(error)})."
         ) from None
     return texts
 
@@ -83,7 +78,7 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     Raises:
         PrunePeakError: the text does not exist, or is shorter than one window.
     """
-    texts = read_texts(name)
+    texts = read_texts(name, tokenizer)
     separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
     try:

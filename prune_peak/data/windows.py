@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import PrunePeakError
 from ..models.execution import BATCH_TOKENS
 from ..models.loading import IMAGES, Model
-from ..models.streaming import Batch
+from ..models.stream import Batch
 from ..options import SELF
 
 IGNORED = -100  # target that cross-entropy leaves out

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from ..data.windows import IGNORED
-from ..models.streaming import Batch
+from ..models.stream import Batch
 
 ROWS = 256  # positions whose distributions are in memory at once
 

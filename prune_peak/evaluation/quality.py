@@ -18,7 +18,8 @@ from ..data.windows import BATCH_IMAGES, IGNORED, Windows, into_batches, join, n
 from ..errors import PrunePeakError
 from ..models.execution import ExecutionConfig
 from ..models.loading import Model
-from ..models.streaming import Batch, BlockStream
+from ..models.stream import Batch
+from ..models.whole import open_stream
 from ..options import EVALUATED
 
 log = logging.getLogger(__name__)
@@ -167,8 +168,8 @@ def evaluate_model(
     Raises:
         PrunePeakError: its outputs are not finite.
     """
-    stream = BlockStream(model, eval_set.batches, dtype or model.dtype, execution)
-    for _ in tqdm(stream.steps(), total=model.config.num_hidden_layers, desc=eval_set.metric, unit="block"):
+    stream = open_stream(model, eval_set.batches, dtype or model.dtype, execution)
+    for _ in tqdm(stream.steps(), total=stream.passes, desc=eval_set.metric, unit="block"):
         pass
     pairs = zip(stream.outputs(), eval_set.targets, strict=True)
     scores = concatenate([score_logits(output.logits, targets) for output, targets in pairs])

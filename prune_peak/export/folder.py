@@ -20,9 +20,9 @@ from ..io.tensor_files import save_tensors
 from ..io.untrusted import find_modules
 from ..io.writer import Writer, is_finite
 from ..models.config_checks import read_generation
-from ..models.families import tensors_by_block
+from ..models.families import FAMILIES, tensors_by_block
 from ..models.loading import MODULE_FILES, SIDE_FILES, Model
-from ..models.weight_names import names_on_disk
+from ..models.weight_names import names_on_disk, split_merged
 from ..sites.plan import SitePlan, pack_plan
 from ..sites.site import Tensors
 from .recipe import PLAN_FILE, RECIPE_FILE
@@ -43,7 +43,15 @@ class FolderWriter:
     def __init__(self, source: Model, conversion: Conversion, folder: Path) -> None:
         self.source, self.conversion, self.layout, self.folder = source, conversion, conversion.layout, folder
         self._names = names_on_disk(conversion.meta_model)
-        self._writer = Writer(folder, {self._names[name]: of for name, of in self.layout.items()})
+        layout = {self._names[name]: of for name, of in self.layout.items() if name in self._names}
+        merged = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, (shape, dtype) in self.layout.items()
+            if name not in self._names
+        }
+        for disk, tensor in split_merged(conversion.meta_model, merged).items():
+            layout[disk] = (tuple(tensor.shape), tensor.dtype)
+        self._writer = Writer(folder, layout)
         self._plan: dict[str, SitePlan] = {}
 
     def __enter__(self) -> "FolderWriter":
@@ -72,7 +80,7 @@ class FolderWriter:
             if block not in changed:
                 self._write(block, {})
         for name, (shape, dtype) in self.layout.items():
-            if self._names[name] not in self._writer.digests:
+            if name in self._names and self._names[name] not in self._writer.digests:
                 assert name.endswith(".bias"), name
                 self._writer.write(self._names[name], torch.zeros(shape, dtype=dtype))
         digests = self._writer.finish()
@@ -84,17 +92,25 @@ class FolderWriter:
         return digests
 
     def _write(self, block: int | None, plan: Mapping[str, SitePlan]) -> dict[str, str]:
-        tensors = prune_block(self.source, self.conversion, plan, block)
-        for name, tensor in tensors.items():
+        merged: Tensors = {}
+        disk_names = []
+        for name, tensor in prune_block(self.source, self.conversion, plan, block).items():
             written = tensor.to(self.layout[name][1])
             if tensor.dtype != written.dtype and is_finite(tensor) and not is_finite(written):
                 raise PrunePeakError(
                     f"the new values of {name} are too large for {str(written.dtype).removeprefix('torch.')}. Save the "
                     "model in bfloat16 or float32 first, or try --no-refit."
                 )
-            self._writer.write(self._names[name], written)
+            if name in self._names:
+                self._writer.write(self._names[name], written)
+                disk_names.append(self._names[name])
+            else:
+                merged[name] = written
+        for disk, tensor in split_merged(self.conversion.meta_model, merged).items():
+            self._writer.write(disk, tensor.contiguous())
+            disk_names.append(disk)
         self.source.checkpoint.release()
-        return {self._names[name]: self._writer.digests[self._names[name]] for name in tensors}
+        return {disk: self._writer.digests[disk] for disk in disk_names}
 
 
 def prune_block(source: Model, conversion: Conversion, plan: Mapping[str, SitePlan], block: int | None) -> Tensors:
@@ -105,17 +121,13 @@ def prune_block(source: Model, conversion: Conversion, plan: Mapping[str, SitePl
     tensors = {name: source.read(name) for name in tensors_by_block(source.meta_model, source.family)[block]}
     if conversion.mapping is not None:
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    sites = [site for site in conversion.sites if site.block == block]
-    # a bias that also takes another site's constants takes its own first
-    for site in sorted(sites, key=lambda site: site.folded_into != site.bias):
-        tensors = site.kind.prune(tensors, site, plan[site.name])
-    return conversion.convert(block, tensors)
+    return conversion.prune(block, tensors, plan)
 
 
 def write_config(config: PreTrainedConfig, path: Path) -> None:
     """Write config.json, with the rope keys of older releases of transformers too, because they ignore the new ones."""
     values = config.to_diff_dict()
-    rope = getattr(config, "rope_parameters", None)
+    rope = getattr(config, "rope_parameters", None) if config.model_type in FAMILIES else None  # others are newer
     if rope and "full_attention" in rope:  # one per kind of block
         if config.model_type in LOCAL_ROPE_KEYS and "sliding_attention" in rope:
             values[LOCAL_ROPE_KEYS[config.model_type]] = rope["sliding_attention"]["rope_theta"]

@@ -1,14 +1,16 @@
 """Checks of a config before any weight is read; the stock class that the config names."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
 
 from ..errors import PrunePeakError, brief
 from ..io.untrusted import read_json
@@ -16,14 +18,24 @@ from .families import FAMILIES, Family
 
 # Far above any real model; larger values would only exhaust the memory
 MOST_BLOCKS, MOST_LABELS = 1000, 1_000_000
-MOST = {
-    "num_hidden_layers": MOST_BLOCKS,
-    "n_layer": MOST_BLOCKS,
-    "n_layers": MOST_BLOCKS,
-    "num_labels": MOST_LABELS,
-    "_num_labels": MOST_LABELS,
-}
+MOST = {"num_labels": MOST_LABELS, "_num_labels": MOST_LABELS}
+REQUIRED = ("num_hidden_layers", "n_layer", "n_layers")
+COUNTS = re.compile(r"(^|_)(layers?|blocks|depth)$")  # keys that are numbers of blocks
 MOST_BUFFERS = 2**31  # bytes of the tables (positions, masks) that a class computes from its config
+
+
+def check_counts(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse counts of blocks and labels that no model has.
+
+    Raises:
+        PrunePeakError: the message names the key.
+    """
+    for key, value in raw.items():
+        is_count = key in REQUIRED or (type(value) is int and COUNTS.search(key) is not None)
+        most = MOST_BLOCKS if is_count else MOST.get(key)
+        least = 0 if is_count and key not in REQUIRED else 1
+        if most is not None and not (isinstance(value, int) and least <= value <= most):
+            raise PrunePeakError(f"{path} sets {key} to {value!r}; expected {least} to {most}. Correct the config.")
 
 
 def refuse_code(raw: Mapping[str, Any], folder: Path) -> None:
@@ -83,35 +95,50 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def find_family(raw: dict[str, Any], folder: Path) -> Family:
-    """The family of a config.
+def find_family(raw: dict[str, Any], folder: Path) -> Family | None:
+    """The family of a config; None for a type of transformers that the table does not list, to be asked.
 
     Raises:
         PrunePeakError: the model is not supported; the message names its kind.
     """
     model_type = raw.get("model_type")
     if raw.get("quantization_config"):
-        what = "a quantized checkpoint. Prune the unquantized model, then quantize the result."
+        method = _quantization(raw["quantization_config"])
+        what = (
+            f"a quantized checkpoint ({method}). Expected float32, bfloat16 or float16: prune the model that it was "
+            "made from (`base_model` of its card), then quantize the result."
+        )
     elif raw.get("is_encoder_decoder") or raw.get("add_cross_attention"):
         what = "an encoder-decoder model, which is not supported."
     elif isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    elif any("expert" in key for key in raw):
-        what = f"a mixture of experts ({model_type}), which is not supported: experts have no bias for the constants."
-    elif isinstance(raw.get("text_config"), dict) or isinstance(raw.get("vision_config"), dict):
+    elif isinstance(raw.get("text_config"), dict) and not _classifies_images(raw):
         what = f"a multimodal wrapper ({model_type}). Save its language model separately and prune that."
+    elif isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return None
     elif "auto_map" in raw:
         what = f"a model with custom code ({model_type!r}), which is never run. Use a stock class of transformers."
     else:
-        what = f"of the model type {model_type!r}, which is not supported. Supported: {', '.join(sorted(FAMILIES))}."
+        version = transformers.__version__
+        what = f"of the model type {model_type!r}, which is not one of transformers {version}. Correct the key."
     raise PrunePeakError(f"{folder} is {what}")
+
+
+def _quantization(settings: Any) -> str:
+    """The format that a quantization config names."""
+    return str(settings.get("quant_method") if isinstance(settings, Mapping) else settings)[:40]
+
+
+def _classifies_images(raw: Mapping[str, Any]) -> bool:
+    """Whether a config of two towers names the classifier that has only the one for images."""
+    return str(raw.get("architectures")).endswith("ForImageClassification']")
 
 
 def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedModel]:
     """The stock class that a config names first."""
     found: Any = getattr(transformers, str(architectures[0]), None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
-    if not is_model or found.config_class is not type(config):
+    if not is_model or not (found.config_class is type(config) or _is_listed(found.__name__, config.model_type)):
         raise PrunePeakError(
             f"config.json names the class {architectures!r}; expected a stock {config.model_type} class of "
             f"transformers {transformers.__version__}. Custom code is never run; correct the key architectures."
@@ -123,6 +150,13 @@ def find_class(config: PreTrainedConfig, architectures: Any) -> type[PreTrainedM
         )
     model_class: type[PreTrainedModel] = found
     return model_class
+
+
+def _is_listed(name: str, model_type: str) -> bool:
+    """Whether an auto class of transformers names this class for a model type (InternLM3 is a LlamaForCausalLM)."""
+    mappings = (names for key, names in vars(modeling_auto).items() if key.endswith("MAPPING_NAMES"))
+    listed = (names.get(model_type, ()) for names in mappings)
+    return any(name in ((found,) if isinstance(found, str) else found) for found in listed)
 
 
 def build_meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

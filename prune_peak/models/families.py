@@ -19,6 +19,7 @@ class MLP:
     width_key: str  # config key of the number of neurons, or of its ratio to the hidden size
     bias_key: str | None = None  # config key that adds a bias to the output projection
     bias_module: str | None = None  # module whose bias absorbs the constants; default: the output projection
+    interleaved: bool = False  # rows of a fused gate and up alternate; otherwise all of one, then all of the other
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Attention:
     head_dim_prunable: bool = False  # no rotation or norm of queries and keys, so heads can be narrower
     heads_prunable: bool = True  # a stock class supports fewer heads; otherwise heads are only folded
     grouped_qkv: bool = False  # fused rows are ordered by KV group; otherwise all queries, all keys, all values
+    other_inputs: tuple[str, ...] = ()  # modules with as many rows for each head as for every other (a gate)
+    heads_key: str = "num_attention_heads"  # config keys
+    kv_heads_key: str | None = "num_key_value_heads"
+    head_dim_key: str = "head_dim"
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,15 @@ class Family:
     output_classes: tuple[str, ...] = ()  # output classes if its own cannot represent the result, best first
     pooler: str | None = None  # path of an optional module after the blocks with an MLP like theirs
     ignored_tensors: tuple[str, ...] = ()  # patterns of published tensors that belong to another head
+    other_mlps: tuple[MLP, ...] = ()  # more than one in a block, or another one in some blocks
+    attention_unseen: str = ""  # why no attention was found in the class
+    streamable: bool = True  # its blocks can run one by one
+    discovered: bool = False  # asked of the class (models/discovery.py), not a row of the table
+
+    @property
+    def mlps(self) -> tuple[MLP, ...]:
+        """All MLPs that a block can have."""
+        return (self.mlp, *self.other_mlps)
 
 
 def fused_attention(

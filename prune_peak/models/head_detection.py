@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunePeakError
 from ..io.checkpoint import Checkpoint
 from .config_checks import build_meta_model
-from .weight_names import names_in_class
+from .weight_names import find_names
 
 
 def detect_class(config: PreTrainedConfig, checkpoint: Checkpoint | None) -> str:
@@ -52,7 +52,9 @@ def detect_class(config: PreTrainedConfig, checkpoint: Checkpoint | None) -> str
 
 def _has_all_tensors(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> bool:
     state, tied = meta_model.state_dict(), meta_model.all_tied_weights_keys
-    shapes = {name: checkpoint.shape(disk) for disk, name in names_in_class(checkpoint, meta_model).items()}
+    names = find_names(checkpoint, meta_model)
+    shapes = {name: checkpoint.shape(disk) for name, disk in names.plain.items()}
+    shapes |= {name: tuple(state[name].shape) for name in names.merged if name in state}
     for copied, first in tied.items():  # one of them is enough
         shapes.setdefault(first, shapes.get(copied, ()))
         shapes.setdefault(copied, shapes[first])

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import escape
 from pathlib import Path
@@ -30,18 +30,19 @@ from ..io.checkpoint import Checkpoint, has_weights
 from ..io.tensor_files import digest_tensor
 from ..io.untrusted import TEMPLATES, check_folder, find_modules
 from .config_checks import (
-    MOST,
     MOST_BUFFERS,
     build_meta_model,
+    check_counts,
     find_class,
     find_family,
     read_config,
     read_generation,
     refuse_code,
 )
-from .families import Family
+from .discovery import discover_family
+from .families import MLP, Family
 from .head_detection import detect_class
-from .weight_names import check_shapes, match_names
+from .weight_names import Merged, check_shapes, match_names
 
 # Files that are copied with a checkpoint; not code, pickles or the README
 SIDE_FILES = (
@@ -53,6 +54,7 @@ CARD = "README.md"  # read for the licence
 
 # Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
 NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
+UNKNOWN = Family("", "", MLP((), "", ""))  # before the class is asked
 IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
 
 
@@ -92,6 +94,12 @@ class ModelSpec:
         return bool(self.model_class.main_input_name == IMAGES)
 
     @property
+    def vision_config(self) -> PreTrainedConfig:
+        """The config of what sees images: that of the tower, in classes of two towers."""
+        config: PreTrainedConfig = getattr(self.config, "vision_config", None) or self.config
+        return config
+
+    @property
     def positions(self) -> int | None:
         """The maximum number of tokens of a window; None if the config sets no limit."""
         positions: int | None = getattr(self.config, "max_position_embeddings", None)
@@ -109,6 +117,23 @@ class Model(ModelSpec):
     checkpoint: Checkpoint
     names: Mapping[str, str]
     tied: Mapping[str, str]  # tied tensor -> the tensor that is stored for it
+    merged: Mapping[str, Merged]  # by the name in the class: what transformers makes from several tensors on disk
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The names in the class of all tensors, tied ones once."""
+        return [*self.names, *self.merged]
+
+    @property
+    def disk_names(self) -> list[str]:
+        """The names on disk of all tensors of the class."""
+        parts = (disk for merged in self.merged.values() for _, disk in merged.parts)
+        return list(dict.fromkeys([*self.names.values(), *parts]))
+
+    def _parts(self, name: str) -> list[str]:
+        """The names on disk of what a tensor of the class is made from."""
+        name = self.tied.get(name, name)
+        return [disk for _, disk in self.merged[name].parts] if name in self.merged else [self.names[name]]
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -122,11 +147,14 @@ class Model(ModelSpec):
 
     def read(self, name: str) -> Tensor:
         """Read a tensor by its name in the class."""
-        return self.checkpoint.read(self.names[self.tied.get(name, name)])
+        name = self.tied.get(name, name)
+        if name in self.merged:
+            return self.merged[name].make(self.checkpoint.read, self.meta_model)[name].contiguous()
+        return self.checkpoint.read(self.names[name])
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """`Checkpoint.read_ahead` for names in the class."""
-        self.checkpoint.read_ahead([self.names[self.tied.get(name, name)] for name in names])
+        self.checkpoint.read_ahead([disk for name in names for disk in self._parts(name)])
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The stock model with all its weights in memory, in evaluation mode."""
@@ -149,18 +177,18 @@ class Model(ModelSpec):
         return model
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.checkpoint.dtype(self.names[self.tied.get(name, name)])
+        return self.checkpoint.dtype(self._parts(name)[0])
 
     @property
     def parameters(self) -> int:
-        return sum(torch.Size(self.checkpoint.shape(disk)).numel() for disk in self.names.values())
+        return sum(torch.Size(self.checkpoint.shape(disk)).numel() for disk in self.disk_names)
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(
             torch.Size(self.checkpoint.shape(disk)).numel() * self.checkpoint.dtype(disk).itemsize
-            for disk in self.names.values()
+            for disk in self.disk_names
         )
 
     @cached_property
@@ -169,7 +197,8 @@ class Model(ModelSpec):
         if self.revision is not None:
             return self.revision
         total = hashlib.sha256((self.folder / "config.json").read_bytes())
-        names = sorted(self.names.items())
+        plain = set(self.names.values())
+        names = sorted([*self.names.items(), *((disk, disk) for disk in self.disk_names if disk not in plain)])
         at_once = os.cpu_count() or 1
         with ThreadPoolExecutor(at_once) as pool:
             for start in range(0, len(names), at_once):
@@ -187,7 +216,8 @@ def count_patches(source: ModelSpec) -> int:
     def area(size: Any) -> int:
         return size**2 if isinstance(size, int) else math.prod(size)
 
-    return area(source.config.image_size) // area(source.config.patch_size)
+    config = source.vision_config
+    return area(getattr(config, "image_size", None) or 224) // area(getattr(config, "patch_size", None) or 16)
 
 
 def open_model_spec(name: str, revision: str | None = None) -> ModelSpec:
@@ -216,7 +246,8 @@ def open_model(name: str, revision: str | None = None) -> Model:
     spec = _read_spec(name, commit, folder)
     config, meta_model = spec.config, spec.meta_model
     checkpoint = Checkpoint(folder)
-    names = match_names(checkpoint, meta_model, spec.family.ignored_tensors)
+    found = match_names(checkpoint, meta_model, spec.family.ignored_tensors)
+    names = found.plain
     tied = {copied: first for copied, first in meta_model.all_tied_weights_keys.items() if first != copied}
     for copied, first in list(tied.items()):
         if first not in names and copied in names:
@@ -227,8 +258,10 @@ def open_model(name: str, revision: str | None = None) -> Model:
             del tied[copied]
         elif copied in names:
             del names[copied]
-    check_shapes(checkpoint, meta_model, names, tied)
-    return Model(name, commit, folder, spec.family, config, spec.model_class, checkpoint, names=names, tied=tied)
+    check_shapes(checkpoint, meta_model, found, tied)
+    return Model(
+        name, commit, folder, spec.family, config, spec.model_class, checkpoint, names, tied, merged=found.merged
+    )
 
 
 def _locate(
@@ -260,9 +293,7 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
     raw = read_config(folder)
     family = find_family(raw, folder)
     path = folder / "config.json"
-    for key, most in MOST.items():
-        if key in raw and not (isinstance(raw[key], int) and 1 <= raw[key] <= most):
-            raise PrunePeakError(f"{path} sets {key} to {raw[key]!r}; expected 1 to {most}. Correct the config.")
+    check_counts(raw, path)
     refuse_code(raw, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -270,13 +301,15 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
             raise TypeError(f"dtype {raw.get('dtype', raw.get('torch_dtype'))!r}")
         weights = Checkpoint(folder) if not raw.get("architectures") and has_weights(folder) else None
         model_class = find_class(config, raw.get("architectures") or [detect_class(config, weights)])
-        spec = ModelSpec(name, commit, folder, family, config, model_class)
+        spec = ModelSpec(name, commit, folder, family or UNKNOWN, config, model_class)
         meta_model = spec.meta_model  # raises for shapes that the class rejects
+        if family is None:
+            spec = replace(spec, family=discover_family(model_class, config))
     except PrunePeakError:
         raise
     except Exception as error:  # config classes and modules raise many types
         raise PrunePeakError(
-            f"{path} is not a valid {family.model_type} config: {brief(error)}. Correct the config."
+            f"{path} is not a valid {raw['model_type']} config: {brief(error)}. Correct the config."
         ) from None
     tables = sum(buffer.numel() * buffer.itemsize for buffer in meta_model.buffers())
     if tables > MOST_BUFFERS:

@@ -26,19 +26,11 @@ from .bfloat16 import factor_type, fast_products
 from .execution import CPU, ExecutionConfig
 from .families import blocks_path, find_blocks
 from .loading import Model
+from .recording import BlockInputs, InputRecorder, StopForward
+from .stream import Batch, Step, Stream
 
 FACTORS = (nn.Linear, Conv1D)  # modules (not subclasses) whose weight is only a factor of a product
 FEW_TOKENS = 4  # the last of a window, because padding is on the left
-# Keyword arguments of the model's forward: input_ids and optionally attention_mask, or pixel_values
-Batch = dict[str, Tensor]
-
-
-@dataclass
-class BlockInputs:
-    """The arguments of one call of a block, except the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class SharedTensors:
@@ -58,30 +50,6 @@ class SharedTensors:
                 return other
         unique.append(tensor)
         return tensor
-
-
-class StopForward(Exception):  # noqa: N818 - not an error
-    """Raised to end a forward pass once the first block's inputs are captured."""
-
-
-class InputRecorder(nn.Module):
-    """Replaces a block: records its inputs and returns the hidden states unchanged, or `output` if it is set."""
-
-    def __init__(self, block: nn.Module, in_tuple: bool | None) -> None:
-        super().__init__()
-        # attributes that the model reads from its blocks (ModernBERT reads the attention type)
-        vars(self).update({name: value for name, value in vars(block).items() if not name.startswith("_")})
-        self.in_tuple = in_tuple  # whether the block returns a tuple; None: stop the forward pass
-        self.hidden: Tensor | None = None
-        self.call: BlockInputs | None = None
-        self.output: Tensor | None = None
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.hidden, self.call = hidden, BlockInputs(args, kwargs)
-        if self.in_tuple is None:
-            raise StopForward
-        output = hidden if self.output is None else self.output
-        return (output, None) if self.in_tuple else output
 
 
 class HiddenStates:
@@ -127,7 +95,7 @@ class HiddenStates:
 
 
 @dataclass
-class BlockRun:
+class BlockRun(Step):
     """One block with its weights loaded, and the hidden states before it."""
 
     index: int
@@ -138,10 +106,13 @@ class BlockRun:
     _release: Callable[[], None]  # frees the weights after the block has run
     ran: bool = False
 
-    @property
-    def tokens(self) -> list[int]:
-        """The number of tokens (or patches) of each batch."""
-        return [shape[:-1].numel() for shape in self._states.shapes]
+    def covers(self, block: int) -> bool:
+        return block == self.index
+
+    def rows(self, name: str, masks: Sequence[Tensor | None] = ()) -> list[int]:
+        shapes = self._states.shapes
+        tokens = zip(shapes, masks or [None] * len(shapes), strict=True)
+        return [shape[:-1].numel() if mask is None else int(mask.sum()) for shape, mask in tokens]
 
     @torch.inference_mode()
     def run(self) -> Iterator[int]:
@@ -172,7 +143,7 @@ class BlockRun:
         return torch.cat(norms)
 
 
-class BlockStream:
+class BlockStream(Stream):
     """Runs a stock model over batches, block by block, then through the head.
 
     Args:
@@ -194,20 +165,22 @@ class BlockStream:
         execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
     ) -> None:
         self.source = source
+        if not source.family.streamable:
+            raise PrunePeakError(f"the blocks of {source.name} cannot run one by one, which is needed here.")
         self.model = source.empty_model(dtype)
         self.dtype = dtype
         self._batches = batches
         self._blocks = list(find_blocks(self.model, source.family))
+        self.blocks = self.passes = len(self._blocks)
+        self.blocks_at_once = 1
         self._path = blocks_path(self.model, source.family)
         self._states = HiddenStates(execution.hidden_states_on_disk)
         self._device = execution.device
         self._release_memory = execution.release_memory
         self._in_tuple: bool | None = None  # unknown before the probe in `steps`
 
-    @property
-    def blocks(self) -> int:
-        """The number of blocks."""
-        return len(self._blocks)
+    def follows(self, block: int) -> bool:
+        return block == self.blocks
 
     @torch.inference_mode()
     def steps(self) -> Iterator[BlockRun]:

@@ -1,5 +1,6 @@
 """How much to prune: from a ratio or a size target to the neurons kept at every site."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -31,19 +32,25 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
     first: dict[str, Site] = {}
     for site in sorted(sites, key=lambda site: site.label):  # attention before the MLP, whose steps are finer
         first.setdefault(site.label, site)
-    steps = {kind: site.kind.step(site, budget.multiple_of) for kind, site in first.items()}
+    steps = {kind: common_step(site, sites, budget.multiple_of) for kind, site in first.items()}
 
     def expand(kept: Mapping[str, int]) -> Widths:
         """The widths of the sites of the kinds that become narrower."""
         narrower = {kind for kind, width in kept.items() if width < first[kind].neurons}
-        return {site.name: kept[site.label] for site in sites if site.label in narrower}
+        return {
+            site.name: match_width(site, first[site.label], kept[site.label], budget.multiple_of)
+            for site in sites
+            if site.label in narrower
+        }
 
     if budget.ratio is not None:
         ratios = budget.ratio if isinstance(budget.ratio, Mapping) else dict.fromkeys(first, budget.ratio)
         return [expand({kind: kept_width(site.neurons, ratios[kind], steps[kind]) for kind, site in first.items()})]
 
     def parameters(kept: Mapping[str, int]) -> int:
-        widths = {site.name: kept[site.label] for site in sites}
+        widths = {
+            site.name: match_width(site, first[site.label], kept[site.label], budget.multiple_of) for site in sites
+        }
         return count_parameters(choose_conversion(spec, sites, widths, spec.dtype, output_class).meta_model)
 
     *others, last = first
@@ -69,6 +76,26 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
             "larger target, or prune both kinds (--sites mlp,attention)."
         )
     return allocations
+
+
+def common_step(first: Site, sites: Sequence[Site], multiple_of: int | None) -> int:
+    """The neurons by which the first site of a kind becomes narrower; all stages with one ratio lose the same share."""
+    keys = first.config_values.keys()
+    stages = [site.neurons for site in sites if site.label == first.label and site.config_values.keys() == keys]
+    return math.lcm(first.kind.step(first, multiple_of), first.neurons // math.gcd(first.neurons, *stages))
+
+
+def match_width(site: Site, first: Site, kept: int, multiple_of: int | None = None) -> int:
+    """The neurons to keep at a site where `kept` are kept at the first of its kind: the same share.
+
+    A stage that is twice as wide keeps twice as many, as its config has one ratio for both.
+    """
+    if site.neurons == first.neurons:
+        return kept
+    if site.config_values.keys() == first.config_values.keys() and kept * site.neurons % first.neurons == 0:
+        return kept * site.neurons // first.neurons
+    step = site.kind.step(site, multiple_of)
+    return min(site.neurons, max(step, round(site.neurons * kept / first.neurons / step) * step))
 
 
 def _spread(neurons: int, step: int) -> list[int]:
@@ -102,7 +129,8 @@ def kept_width(width: int, ratio: float, step: int) -> int:
         1088
     """
     if not 0 < ratio < 1:
-        raise UsageError(f"ratio {ratio} is the share to prune; it must be between 0 and 1.")
+        meant = f" Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
+        raise UsageError(f"ratio {ratio} is the share to prune; it must be between 0 and 1.{meant}")
     kept = round(width * (1 - ratio) / step) * step
     if not 0 < kept < width:
         raise PrunePeakError(

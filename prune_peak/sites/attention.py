@@ -7,10 +7,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import PrunePeakError
+from ..models.config_keys import read_key
 from ..models.families import Attention as Modules
 from ..models.families import Family
 from ..options import GROUP, NEURON
-from .site import ALWAYS_KEPT, Site, SiteKind, Slice, measure_projection, rows_of
+from .site import ALWAYS_KEPT, Site, SiteKind, Slice, has_module, measure_projection, rows_of
 
 
 class Attention(SiteKind):
@@ -22,6 +23,11 @@ class Attention(SiteKind):
         return unit != NEURON and not keep_shape
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
+        if family.attention is None and family.discovered:
+            raise PrunePeakError(
+                f"no attention whose heads can be pruned was found in {type(model).__name__} "
+                f"({family.attention_unseen}). Prune its MLP (--sites mlp)."
+            )
         if family.attention is None or not family.attention.heads_prunable:
             instead = "" if family.attention is None else ", or fold it in place at the same size (--keep-shape)"
             raise PrunePeakError(
@@ -29,9 +35,11 @@ class Attention(SiteKind):
                 f"nothing. Prune its MLP (--sites mlp){instead}."
             )
 
-    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
+    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
         attention = modules_of(family)
         name = f"{block}.{attention.output_projection}"
+        if not has_module(model, name):
+            return []
         groups, each, head_dim = heads = measure_heads(model, attention, block)
         whole_groups = unit == GROUP or each == 1
         query, key, value = (f"{block}.{part}" for part in (attention.query, attention.key, attention.value))
@@ -43,7 +51,9 @@ class Attention(SiteKind):
             state = model.state_dict()
             tables = [f"{block}.{table}" for table in attention.per_head_parameters]
             slices |= {table: Slice(1) for table in tables if table in state}
-        return self.site(
+        for other in attention.other_inputs:
+            slices |= rows_of(model, f"{block}.{other}")
+        site = self.site(
             model,
             index,
             name,
@@ -52,13 +62,14 @@ class Attention(SiteKind):
             unit=each * head_dim if whole_groups else head_dim,
             groups=1 if whole_groups else groups,
             config_values={
-                "num_attention_heads": groups * each,
-                "num_key_value_heads": groups,
-                "head_dim": head_dim,
+                attention.heads_key: groups * each,
+                **({attention.kv_heads_key: groups} if attention.kv_heads_key else {}),
+                attention.head_dim_key: head_dim,
             },
-            scaled_keys=frozenset({"num_attention_heads"} | ({"num_key_value_heads"} if whole_groups else set())),
+            scaled_keys=frozenset({attention.heads_key, *([attention.kv_heads_key] if whole_groups else [])} - {None}),
             heads=heads,
         )
+        return [site]
 
     def step(self, site: Site, multiple_of: int | None) -> int:
         return site.unit * site.groups
@@ -72,7 +83,7 @@ def modules_of(family: Family) -> Modules:
 
 def measure_heads(model: PreTrainedModel, attention: Modules, block: str) -> tuple[int, int, int]:
     """KV groups, heads per group, neurons per head."""
-    heads = model.config.num_attention_heads
+    heads = read_key(model.config, attention.heads_key)
     neurons, _, _ = measure_projection(model, f"{block}.{attention.output_projection}")
     head_dim = neurons // heads
     weight = f"{block}.{attention.key}.weight"

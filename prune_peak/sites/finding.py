@@ -47,10 +47,12 @@ def find_sites(
     for kind in kinds:
         kind.check(model, family)
     path, blocks = blocks_path(model, family), len(find_blocks(model, family))
-    sites = [kind.find(model, family, f"{path}.{index}", index, unit) for index in range(blocks) for kind in kinds]
+    pairs = [(kind, index) for index in range(blocks) for kind in kinds]
+    sites = [site for kind, index in pairs for site in kind.find(model, family, f"{path}.{index}", index, unit)]
     pooler = f"{path.removesuffix(family.blocks)}{family.pooler}"
     if pooler in dict(model.named_modules()):  # it has an MLP like those of the blocks
-        sites += [kind.find(model, family, pooler, blocks, unit) for kind in kinds if kind.label == Mlp.label]
+        mlps = [kind for kind in kinds if kind.label == Mlp.label]
+        sites += [site for kind in mlps for site in kind.find(model, family, pooler, blocks, unit)]
     return sites
 
 

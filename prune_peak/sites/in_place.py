@@ -18,7 +18,7 @@ from .attention import measure_heads, modules_of
 from .folding import clear
 from .mlp import Mlp
 from .plan import SitePlan
-from .site import Site, SiteKind, Slice, rows_of
+from .site import ConfigValue, Site, SiteKind, Slice, has_module, rows_of
 
 
 class InPlace(SiteKind):
@@ -29,7 +29,7 @@ class InPlace(SiteKind):
     def applies(self, unit: str, keep_shape: bool) -> bool:
         return keep_shape
 
-    def config(self, site: Site, kept: int) -> dict[str, int]:
+    def config(self, site: Site, kept: int) -> dict[str, ConfigValue]:
         return {}
 
     def size(self, site: Site, name: str, size: int, kept: int) -> int:
@@ -71,14 +71,17 @@ class InPlaceAttention(InPlace):
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
         if family.attention is None:
+            reason = family.attention_unseen or "its norms span all heads"
             raise PrunePeakError(
-                f"the attention of the family {family.model_type} cannot be pruned: its norms span all heads. Prune "
-                "its MLP (--sites mlp)."
+                f"the attention of the family {family.model_type} cannot be pruned: {reason}. Prune its MLP "
+                "(--sites mlp)."
             )
 
-    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
+    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
         attention = modules_of(family)
         name = f"{block}.{attention.output_projection}"
+        if not has_module(model, name):
+            return []
         _, each, head_dim = heads = measure_heads(model, attention, block)
         slices: dict[str, Slice] = {}
         parts: dict[str, tuple[str, ...]] = {}
@@ -86,7 +89,7 @@ class InPlaceAttention(InPlace):
             for tensor, slice_ in rows_of(model, f"{block}.{getattr(attention, part)}").items():
                 slices[tensor] = slice_
                 parts[tensor] = (*parts.get(tensor, ()), part)
-        return self.site(
+        site = self.site(
             model,
             index,
             name,
@@ -98,6 +101,7 @@ class InPlaceAttention(InPlace):
             parts=parts,
             grouped_qkv=attention.grouped_qkv,
         )
+        return [site]
 
     def step(self, site: Site, multiple_of: int | None) -> int:
         return site.unit

@@ -43,12 +43,12 @@ class NarrowHeads(Attention):
                 "fold in place at the same size (--keep-shape)."
             )
 
-    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
+    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
         attention = modules_of(family)
         name = f"{block}.{attention.output_projection}"
         groups, each, head_dim = heads = measure_heads(model, attention, block)
         query, key, value = (f"{block}.{part}" for part in (attention.query, attention.key, attention.value))
-        return self.site(
+        site = self.site(
             model,
             index,
             name,
@@ -60,6 +60,7 @@ class NarrowHeads(Attention):
             heads=heads,
             observed_outputs=(query, key),
         )
+        return [site]
 
     def complete(
         self, site: Site, plan: SitePlan, outputs: Sequence[tuple[Tensor, Tensor]]

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import PrunePeakError
-from ..models.families import Family, blocks_path
-from .site import Site, SiteKind, Slice, measure_projection, rows_of
+from ..models.config_keys import read_key
+from ..models.families import MLP, Family, find_blocks
+from .site import Site, SiteKind, Slice, has_module, measure_projection, rows_of
 
 # Kept widths are multiples of this by default: quantized formats and GPU kernels work in blocks of 32
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 32, 8, 512
@@ -20,26 +21,37 @@ class Mlp(SiteKind):
     label: ClassVar[str] = "mlp"
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
-        path = f"{blocks_path(model, family)}.0.{family.mlp.output_projection}"
-        if path not in dict(model.named_modules()):
+        blocks = find_blocks(model, family)
+        if not any(has_module(block, mlp.output_projection) for mlp in family.mlps for block in blocks):
             raise PrunePeakError(
                 f"this {family.model_type} has no {family.mlp.output_projection} in its blocks: its MLP is of a kind "
                 "(such as DINOv2's SwiGLU) that is not supported. Prune its attention (--sites attention)."
             )
 
-    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
-        mlp = family.mlp
+    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
+        return [
+            self._find(model, mlp, block, index)
+            for mlp in family.mlps
+            if all(has_module(model, f"{block}.{name}") for name in (*mlp.input_projections, mlp.output_projection))
+        ]
+
+    def _find(self, model: PreTrainedModel, mlp: MLP, block: str, index: int) -> Site:
         name = f"{block}.{mlp.output_projection}"
         neurons, _, _ = measure_projection(model, name)
         slices: dict[str, Slice] = {}
         for projection in mlp.input_projections:
             for tensor, slice_ in rows_of(model, f"{block}.{projection}").items():
-                size = model.get_parameter(tensor).shape[slice_.axis]
+                path, _, leaf = tensor.rpartition(".")
+                size = getattr(model.get_submodule(path), leaf).shape[slice_.axis]
                 fused = size != neurons  # gate and up in one module
-                owners = torch.arange(neurons).repeat(size // neurons) if fused else None
+                owners = None
+                if fused:
+                    units = torch.arange(neurons)
+                    parts = size // neurons
+                    owners = units.repeat_interleave(parts) if mlp.interleaved else units.repeat(parts)
                 slices[tensor] = Slice(slice_.axis, owners)
         # DINOv2's config has an integer ratio to the hidden size
-        width = getattr(model.config, mlp.width_key) or neurons
+        width = read_key(model.config, mlp.width_key) or neurons  # GPT-2's default is None
         return self.site(
             model,
             index,
@@ -53,5 +65,7 @@ class Mlp(SiteKind):
 
     def step(self, site: Site, multiple_of: int | None) -> int:
         multiple = multiple_of or (MULTIPLE if site.neurons >= SMALL_WIDTH else SMALL_MULTIPLE)
-        widths = [site.neurons // value for value in site.config_values.values()]
+        stages = [value if isinstance(value, list | tuple) else [value] for value in site.config_values.values()]
+        whole = [math.gcd(*values) for values in stages if all(isinstance(value, int) for value in values)]
+        widths = [site.neurons // math.gcd(site.neurons, value) for value in whole]  # whose config value is an integer
         return math.lcm(multiple, *widths)

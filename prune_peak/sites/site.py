@@ -1,9 +1,11 @@
 """Site: the tensors and axes that are pruned together; SiteKind: what pruning them means."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from .folding import cut, fold
 from .hooks import held
 from .plan import SitePlan
 
+ConfigValue = int | float | list[Any] | tuple[Any, ...]
 ALWAYS_KEPT = -1  # owner of the rows of a fused tensor that always stay
 
 Tensors = dict[str, Tensor]  # by their names in the class
@@ -49,7 +52,7 @@ class Site:
     bias_key: str | None = None  # the config key that opens this bias
     unit: int = 1
     groups: int = 1
-    config_values: Mapping[str, int] = field(default_factory=dict)  # widths and counts in the config
+    config_values: Mapping[str, ConfigValue] = field(default_factory=dict)  # widths, ratios and counts in the config
     scaled_keys: frozenset[str] = frozenset()  # those of them that scale with the neurons
     heads: tuple[int, int, int] = (1, 1, 1)  # KV groups, heads per group, neurons per head
     observed_outputs: tuple[str, ...] = ()  # modules whose outputs are measured, besides the neurons
@@ -115,8 +118,8 @@ class SiteKind(ABC):
         """
 
     @abstractmethod
-    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> Site:
-        """The site in the block at this path."""
+    def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
+        """The sites in the block at this path; none where the block has no such part."""
 
     @abstractmethod
     def step(self, site: Site, multiple_of: int | None) -> int:
@@ -137,10 +140,10 @@ class SiteKind(ABC):
         fields = {"folded_into": f"{name}.bias"} | fields
         return site_class(self, index, name, neurons, hidden, transposed, every, **fields)
 
-    def config(self, site: Site, kept: int) -> dict[str, int]:
+    def config(self, site: Site, kept: int) -> dict[str, ConfigValue]:
         """The config values of the smaller shape."""
         return {
-            key: value * kept // site.neurons if key in site.scaled_keys else value
+            key: scale(value, kept, site.neurons) if key in site.scaled_keys else value
             for key, value in site.config_values.items()
         }
 
@@ -198,6 +201,30 @@ class SiteKind(ABC):
         return held(model.get_submodule(site.name), plan)
 
 
+def scale(value: ConfigValue, kept: int, neurons: int) -> ConfigValue:
+    """A width, count or ratio of the config, or one for each stage, for the kept neurons.
+
+    Example:
+        >>> scale(4, 24, 32), scale(2.5, 24, 40), scale([8, 4], 24, 32)
+        (3, 1.5, [6, 3])
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(each * kept // neurons if isinstance(each, int) else each * kept / neurons for each in value)
+    if isinstance(value, int):
+        return value * kept // neurons
+    share = Fraction(kept, neurons)  # the same float for all sites of one share
+    ratio = value * share.numerator / share.denominator
+    return ratio if round(neurons / value) * ratio >= kept else math.nextafter(ratio, math.inf)
+
+
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether a model has a module at this path."""
+    try:
+        return model.get_submodule(name) is not None
+    except AttributeError:
+        return False
+
+
 def measure_projection(model: PreTrainedModel, name: str) -> tuple[int, int, bool]:
     """Neurons, hidden size, and whether the output projection is a Conv1D.
 
@@ -220,4 +247,7 @@ def rows_of(model: PreTrainedModel, name: str, owners: Tensor | None = None) -> 
     """The tensors of an input projection, with their axis of neurons."""
     module = model.get_submodule(name)
     slices = {f"{name}.weight": Slice(1 if isinstance(module, Conv1D) else 0, owners)}
-    return slices if module.bias is None else slices | {f"{name}.bias": Slice(0, owners)}
+    for running in ("running_mean", "running_var"):  # of a batch norm
+        if getattr(module, running, None) is not None:
+            slices[f"{name}.{running}"] = Slice(0, owners)
+    return slices if getattr(module, "bias", None) is None else slices | {f"{name}.bias": Slice(0, owners)}

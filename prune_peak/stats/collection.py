@@ -15,7 +15,9 @@ from ..data.windows import into_batches
 from ..errors import PrunePeakError
 from ..models.execution import ExecutionConfig
 from ..models.loading import IMAGES, Model, open_model
-from ..models.streaming import Batch, BlockRun, BlockStream
+from ..models.stream import Batch, Step, Stream
+from ..models.streaming import BlockRun
+from ..models.whole import open_stream
 from ..sites.site import Site
 from .covariance import ActivationBuffer, GramAccumulator, Moments, SplitGram
 from .distributed import ALONE, ProcessGroup, current
@@ -68,21 +70,21 @@ def observe_inputs(output_projection: nn.Module, callback: Callable[[Tensor], No
 
 
 def observe_blocks(
-    stream: BlockStream, sites: Sequence[Site], create: Callable[[Site, BlockRun], AnyObserver], description: str
-) -> Iterator[tuple[BlockRun, list[AnyObserver]]]:
+    stream: Stream, sites: Sequence[Site], create: Callable[[Site, Step], AnyObserver], description: str
+) -> Iterator[tuple[Step, list[AnyObserver]]]:
     """Run all blocks up to the last one that has a site; yield each with the observers of its sites.
 
     Raises:
         PrunePeakError: activations that are not finite.
     """
-    count = min(max(site.block for site in sites) + 1, stream.blocks)
+    count = min(max(site.block for site in sites) + 1, stream.passes)
     for step in tqdm(islice(stream.steps(), count), total=count, desc=description, unit="block"):
-        observers = [create(site, step) for site in sites if site.block == step.index]
+        observers = [create(site, step) for site in sites if step.covers(site.block)]
         _observe(stream, observers, step.run())
         yield step, observers
 
 
-def _observe(stream: BlockStream, observers: Sequence[Observer], batches: Iterator[int]) -> None:
+def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[int]) -> None:
     """Run the batches with hooks on the observers' sites, then combine and check the statistics."""
     with ExitStack() as hooks:
         for observer in observers:
@@ -133,7 +135,8 @@ class SiteObserver(Observer):
 
     def add(self, neurons: Tensor) -> None:
         flat = neurons.reshape(-1, self.site.neurons)
-        flat = flat if self._mask is None else flat[self._mask.bool().view(-1)]
+        if self._mask is not None and len(flat) == self._mask.numel():
+            flat = flat[self._mask.bool().view(-1)]
         if self.stats.count == 0:
             self.stats.begin(flat, self._group)
         self.stats.add(flat)
@@ -178,19 +181,18 @@ def collect(
         )
     batches = batches[group.share(len(batches))]
     masks = [batch.get("attention_mask") for batch in batches]
-    stream = BlockStream(source, batches, dtype, execution)
+    stream = open_stream(source, batches, dtype, execution)
 
-    def create(site: Site, step: BlockRun) -> SiteObserver:
-        counts = (n if mask is None else int(mask.sum()) for n, mask in zip(step.tokens, masks, strict=True))
-        return SiteObserver(site, group.gather(sum(counts)), for_refit, group, masks)
+    def create(site: Site, step: Step) -> SiteObserver:
+        return SiteObserver(site, group.gather(sum(step.rows(site.name, masks))), for_refit, group, masks)
 
     power = None
     for step, observers in observe_blocks(stream, sites, create, "calibrate"):
-        if for_refit:  # the median, because a few tokens have a far larger norm
+        if for_refit and isinstance(step, BlockRun):  # the median, because a few tokens have a far larger norm
             power = torch.cat(group.gather(step.powers())).median().item()
         for observer in observers:
             yield observer.site_stats(power)
-    after_blocks = [site for site in sites if site.block == stream.blocks]  # of the pooling head
+    after_blocks = [site for site in sites if stream.follows(site.block)]  # of the pooling head
     if after_blocks:
         images = group.gather(sum(len(batch[IMAGES]) for batch in batches))
         observers = [SiteObserver(site, images, for_refit, group) for site in after_blocks]

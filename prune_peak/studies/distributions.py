@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..models.loading import Model
-from ..models.streaming import Batch, BlockRun, BlockStream
+from ..models.stream import Batch, Step
+from ..models.whole import open_stream
 from ..sites.site import Site
 from ..stats.collection import Observer, observe_blocks
 from ..stats.histogram import Stats, in_chunks
@@ -117,11 +118,11 @@ def measure_distributions(
     source: Model, sites: Sequence[Site], batches: Sequence[Batch], dtype: torch.dtype
 ) -> Iterator[Distribution]:
     """The distributions of every site in the blocks over batches of full windows; PrunePeakError if not finite."""
-    stream = BlockStream(source, batches, dtype)
+    stream = open_stream(source, batches, dtype)
     windows = [len(next(iter(batch.values()))) for batch in batches]
 
-    def create(site: Site, step: BlockRun) -> DistributionObserver:
-        return DistributionObserver(site, windows, sum(step.tokens))
+    def create(site: Site, step: Step) -> DistributionObserver:
+        return DistributionObserver(site, windows, sum(step.rows(site.name)))
 
     for _, observers in observe_blocks(stream, sites, create, "analyze"):
         for observer in observers:

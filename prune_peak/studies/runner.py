@@ -11,7 +11,7 @@ from ..data.windows import into_batches
 from ..evaluation.quality import EvalSet, WindowScores, concatenate, score_logits
 from ..models.bfloat16 import fast_products
 from ..models.loading import Model
-from ..models.streaming import Batch
+from ..models.stream import Batch
 from ..options import FILLS, NEURON, RESAMPLE
 from ..pruning.scores import rank_neurons
 from ..sites.finding import find_sites, prunable_kinds

@@ -1,0 +1,182 @@
+"""Texts in files: plain text, JSON, CSV and Parquet, compressed by gzip or not; a text or a chat for each record."""
+
+import csv
+import gzip
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import PrunePeakError, brief
+from ..io.untrusted import check_file, parse_json
+
+LONGEST_TEXT = 4 * 2**20  # characters that are read of a text, from its start: about 2,000 windows of 512 tokens
+# Files that hold text in a form of their own, which is not read
+REFUSED = (
+    *(".htm", ".html", ".xml", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".xls", ".xlsx", ".ppt", ".pptx"),
+    *(".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst", ".bin", ".safetensors", ".gguf", ".pt", ".pkl", ".npy"),
+    *(".arrow", ".feather", ".jpg", ".jpeg", ".png", ".gif", ".webp", ".mp3", ".wav", ".flac"),
+)
+RECORD = 'a "text", like {"text": "..."}, or "messages", like {"messages": [{"role": "user", "content": "..."}]}'
+
+# One text, or the messages of one chat
+Record = str | list[dict[str, Any]]
+
+
+def read_records(path: Path) -> list[Record]:
+    """The texts and chats of a file, by its suffix; at most `LONGEST_TEXT` characters of it.
+
+    `.jsonl`, `.ndjson` (an object on each line), `.json` (a list of objects), `.csv`, `.tsv` and `.parquet` (a column
+    `text` or `messages`); any other suffix is one plain text. `.gz` after the suffix is decompressed.
+
+    Raises:
+        PrunePeakError: the file cannot be read, or is not of that form.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    is_compressed = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if is_compressed else suffixes)[-1:]
+    suffix = kind[0] if kind else ""
+    if suffix in REFUSED:
+        raise PrunePeakError(
+            f"{path} is a {suffix} file; expected plain text, .jsonl, .json, .csv or .parquet. Save its text as one of "
+            "these."
+        )
+    try:
+        check_file(path)
+        if suffix == ".parquet":
+            return _limit(_read_parquet(path))
+        with gzip.open(path) if is_compressed else path.open("rb") as file:
+            text = _decode(file)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise PrunePeakError(f"{path} is not a readable UTF-8 text ({brief(error)}).") from None
+    reader = READERS.get(suffix)
+    return [text] if reader is None else _limit(reader(path, text))
+
+
+def _decode(file: Any) -> str:
+    """The first characters of a file, without a byte order mark."""
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline=None) as decoded:
+        return decoded.read(LONGEST_TEXT)
+
+
+def _limit(records: Iterable[Record]) -> list[Record]:
+    """The first records, up to the longest text."""
+    kept, size = [], 0
+    for record in records:
+        kept.append(record)
+        size += len(record) if isinstance(record, str) else sum(len(str(each.get("content"))) for each in record)
+        if size > LONGEST_TEXT:
+            break
+    return kept
+
+
+def _check(record: Any, where: str) -> Record:
+    """The text or the messages of a record."""
+    if isinstance(record, str):
+        record = {"text": record}
+    if isinstance(record, Mapping):
+        text, messages = record.get("text"), record.get("messages")
+        if isinstance(messages, str):  # in a column of CSV
+            try:
+                messages = parse_json(messages)
+            except ValueError:
+                messages = None
+        if isinstance(text, str) and _is_text(text):
+            return text
+        if messages and isinstance(messages, list) and all(map(_is_message, messages)):
+            return [dict(message) for message in messages]
+    raise PrunePeakError(f"{where}: expected an object with {RECORD}.")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()  # JSON can hold half a surrogate pair, which is not text
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+
+
+def _read_lines(path: Path, text: str) -> Iterator[Record]:
+    lines = text.split("\n")
+    if len(text) >= LONGEST_TEXT:
+        lines.pop()  # it may be cut
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                record = parse_json(line)
+            except ValueError:
+                record = None
+            yield _check(record, f"{path}, line {number}")
+
+
+def _read_list(path: Path, text: str) -> Iterator[Record]:
+    if len(text) >= LONGEST_TEXT:
+        raise PrunePeakError(
+            f"{path} has more than {LONGEST_TEXT:,} characters; expected fewer in one JSON value. Save it as .jsonl, "
+            "one object on each line."
+        )
+    try:
+        records = parse_json(text)
+    except ValueError as error:
+        raise PrunePeakError(
+            f"{path} is not JSON ({brief(error)}). Expected a list of objects with {RECORD}."
+        ) from None
+    if not isinstance(records, list):
+        raise PrunePeakError(f"{path} holds a {type(records).__name__}; expected a list of objects with {RECORD}.")
+    for number, record in enumerate(records, start=1):
+        yield _check(record, f"{path}, record {number}")
+
+
+def _read_table(path: Path, text: str, delimiter: str = ",") -> Iterator[Record]:
+    csv.field_size_limit(LONGEST_TEXT)
+    file: IO[str] = io.StringIO(text, newline="")
+    rows = csv.DictReader(file, delimiter=delimiter)
+    try:
+        columns = rows.fieldnames or []
+        if not {"text", "messages"} & set(columns):
+            raise PrunePeakError(
+                f"{path} has the columns {', '.join(columns) or 'of an empty file'}; expected one named text or "
+                "messages. Rename the column."
+            )
+        records = list(rows)
+    except csv.Error as error:
+        raise PrunePeakError(f"{path} is not a readable table ({brief(error)}).") from None
+    if len(text) >= LONGEST_TEXT:
+        records.pop()  # it may be cut
+    for number, record in enumerate(records, start=1):
+        yield _check(record, f"{path}, record {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise PrunePeakError(
+            f"{path} needs the package pyarrow to be read: pip install 'prune-peak[datasets]', or save it as .jsonl."
+        ) from None
+    try:
+        file = parquet.ParquetFile(path)
+        columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+        if not columns:
+            names = ", ".join(file.schema_arrow.names)
+            raise PrunePeakError(f"{path} has the columns {names}; expected one named text or messages.")
+        for batch in file.iter_batches(batch_size=1000, columns=columns):
+            for record in batch.to_pylist():
+                yield _check(record, str(path))
+    except PrunePeakError:
+        raise
+    except Exception as error:  # pyarrow raises its own kinds
+        raise PrunePeakError(f"{path} is not a readable Parquet file ({brief(error)}).") from None
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".json": _read_list,
+    ".csv": _read_table,
+    ".tsv": lambda path, text: _read_table(path, text, "\t"),
+}

@@ -1,0 +1,187 @@
+"""Ask a stock class what can be pruned: lower one key of its config, and see which tensors become smaller.
+
+A key that shortens only rows of some matrices and columns of others is a width. Its rows are the input projections, its
+columns the output projections. Every class is built on `meta`, so no weight is read. What is found here is proved on a
+small random model of the same class before it is used (`prune_peak.proof`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import PrunePeakError
+from .asking import Asked, NotDiscovered
+from .attention_discovery import changed_neurons, discover_attention, is_grouped
+from .config_keys import all_keys, read_key
+from .families import MLP, Family, blocks_path, find_blocks
+from .miniature import build_miniature
+from .recording import is_streamable
+
+TELLING = re.compile(r"intermediate|ffn|inner|mlp|(^|_)ff(_|$)|d_?ff|feed|hidden_dim|expansion", re.IGNORECASE)
+# Keys that only sound like widths
+OTHERS = re.compile(r"chunk|round|multiplier|initializer|dropout|eps|hidden_act|activation")
+
+_families: dict[tuple[type[PreTrainedModel], str], Family] = {}  # asked before, by class and config
+
+
+def discover_family(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Family:
+    """What can be pruned in a stock class that the table of families does not list.
+
+    Raises:
+        PrunePeakError: nothing was found; the message says what was seen.
+    """
+    key = model_class, config.to_json_string(use_diff=False)
+    if key not in _families:
+        _families[key] = _discover(Asked(model_class, config))
+    return _families[key]
+
+
+def _discover(asked: Asked) -> Family:
+    blocks, mlps = discover_mlps(asked)
+    attention, unseen = discover_attention(asked, blocks)
+    outputs = [mlp.output_projection for mlp in mlps] + ([] if attention is None else [attention.output_projection])
+    keys = asked.bias_keys(outputs)
+    model, inputs = build_miniature(asked.model_class, asked.config)
+    mlps = [
+        replace(
+            mlp,
+            bias_key=keys.get(mlp.output_projection),
+            interleaved=_is_fused(asked, mlp) and _is_interleaved(asked, blocks, mlp, model, inputs),
+        )
+        for mlp in mlps
+    ]
+    family = Family(
+        asked.config.model_type, blocks, mlps[0], other_mlps=tuple(mlps[1:]), attention_unseen=unseen, discovered=True
+    )
+    if attention is not None:
+        attention = replace(attention, bias_key=keys.get(attention.output_projection))
+        if attention.key == attention.query:
+            grouped = is_grouped(attention, blocks_path(model, family), model, inputs)
+            unseen = "" if grouped is not None else f"the order of the rows of {attention.query} is unknown"
+            attention = None if grouped is None else replace(attention, grouped_qkv=grouped)
+    streamable = is_streamable(model, find_blocks(model, family), inputs)
+    return replace(family, attention=attention, attention_unseen=unseen, streamable=streamable)
+
+
+def discover_mlps(asked: Asked) -> tuple[str, list[MLP]]:
+    """The path of the list of blocks, and the MLPs that its blocks can have.
+
+    Raises:
+        PrunePeakError: there is none; the message says what was seen.
+    """
+    seen: list[str] = []
+    found: dict[tuple[str, str], MLP] = {}  # by the path of the blocks and the output projection; the first key counts
+    for key in _width_keys(asked.config):
+        try:
+            for path, mlp in _describe(asked, key, _moved(asked, key)):
+                found.setdefault((path, mlp.output_projection), mlp)
+        except NotDiscovered as reason:
+            if reason.args:
+                seen.append(f"{key}: {reason}")
+    if not found:
+        raise PrunePeakError(
+            f"{asked.model_class.__name__} has no MLP that can be pruned. "
+            f"{'; '.join(seen) or 'No key of its config is a width'}."
+        )
+    blocks, _ = next(iter(found))
+    return blocks, [mlp for (path, _), mlp in found.items() if path == blocks]
+
+
+def _width_keys(config: PreTrainedConfig) -> Iterator[str]:
+    """The keys that may be widths, by their names: those of the config itself, then of its text, then the others."""
+    for key, value in sorted(all_keys(config), key=lambda item: (item[0].count("."), "text" not in item[0])):
+        name = key.rpartition(".")[2]
+        numbers = value if isinstance(value, list | tuple) and value else [value]
+        is_width = value is None or all(type(number) in (int, float) for number in numbers)
+        if TELLING.search(name) and not OTHERS.search(name) and is_width:
+            yield key
+
+
+def _moved(asked: Asked, key: str) -> dict[str, int]:
+    """The tensors that follow a key, and their axes.
+
+    Raises:
+        NotDiscovered: none do, or not in one axis each.
+    """
+    for other in _lower(read_key(asked.config, key)):
+        moved = asked.moved({key: other})
+        if moved:
+            return moved
+    raise NotDiscovered
+
+
+def _lower(value: Any) -> Sequence[Any]:
+    """Smaller values to try in the place of a width or a ratio, or of one for each stage."""
+    if value is None:
+        return 8, 16, 64
+    if isinstance(value, list | tuple):
+        return (type(value)(each / 2 if isinstance(each, float) else max(each // 2, 1) for each in value),)
+    if isinstance(value, float):
+        return (value / 2,)
+    return [other for other in (value - 8, value // 2, value - 1) if other > 0]
+
+
+def _describe(asked: Asked, key: str, moved: Mapping[str, int]) -> list[tuple[str, MLP]]:
+    """The MLPs of a width, each with the path of its list of blocks.
+
+    Raises:
+        NotDiscovered: tensors that are not those of MLPs in a list of blocks.
+    """
+    inputs: dict[tuple[str, str], list[str]] = {}  # modules by list and block
+    outputs: dict[tuple[str, str], list[str]] = {}
+    for name, axis in moved.items():
+        path, block, module, _ = asked.numbered(name)
+        if name in asked.tied:
+            raise NotDiscovered(f"{name} is shared by several blocks")
+        if len(asked.shapes[name]) > 2 and not asked.is_depthwise(name):
+            raise NotDiscovered(f"{name} has {len(asked.shapes[name])} axes (experts, or a convolution)")
+        modules = (outputs if asked.reads(name, axis) else inputs).setdefault((path, block), [])
+        if module not in modules:
+            modules.append(module)
+    if not inputs or not outputs:
+        raise NotDiscovered("it changes only rows, or only columns, of the matrices of nn.Linear or Conv1D")
+    if len({path for path, _ in outputs}) > 1:
+        raise NotDiscovered("several lists of blocks share it")
+    found: list[tuple[str, MLP]] = []
+    for (path, block), projections in outputs.items():
+        for output in projections:
+            made = [each for each in inputs.get((path, block), []) if _nearest(each, projections) == output]
+            if not made:
+                raise NotDiscovered(f"{path}.{block}.{output} has no input projections of its own")
+            found.append((path, MLP(tuple(made), output, key)))
+    return list(dict.fromkeys(found))
+
+
+def _nearest(module: str, others: Sequence[str]) -> str:
+    """The path that begins with most of the parts that another begins with; of several, the shortest."""
+
+    def shared(other: str) -> int:
+        pairs = enumerate(zip(module.split("."), other.split("."), strict=False))
+        return next((number for number, (one, two) in pairs if one != two), other.count("."))
+
+    return max(others, key=lambda other: (shared(other), -other.count(".")))
+
+
+def _is_fused(asked: Asked, mlp: MLP) -> bool:
+    """Whether one module computes gate and up."""
+
+    def size(module: str, axis: int) -> int:
+        return next(shape[axis] for name, shape in asked.shapes.items() if name.endswith(f".{module}.weight"))
+
+    return len(mlp.input_projections) == 1 and size(mlp.input_projections[0], 0) == 2 * size(mlp.output_projection, -1)
+
+
+@torch.inference_mode()
+def _is_interleaved(asked: Asked, blocks: str, mlp: MLP, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the rows of a fused gate and up alternate: the second row of a small model makes its first neuron."""
+    pattern = re.compile(rf"^{re.escape(asked.prefix + blocks)}\.\d+\.{re.escape(mlp.output_projection)}$")
+    name = next(name for name, _ in model.named_modules() if pattern.match(name))
+    output = model.get_submodule(name)
+    fused = model.get_submodule(name.removesuffix(mlp.output_projection) + mlp.input_projections[0])
+    changed = changed_neurons(model, inputs, fused.get_parameter("weight"), 1, output)
+    return changed == [0]

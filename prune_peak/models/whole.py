@@ -1,0 +1,112 @@
+"""Run a stock model whole: for classes whose blocks cannot run one by one (shared blocks, stages, side inputs)."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .bfloat16 import fast_products
+from .execution import ExecutionConfig
+from .families import find_blocks
+from .loading import Model
+from .stream import Batch, Step, Stream
+from .streaming import BlockStream
+
+BLOCKS_AT_ONCE = 12  # whose sites are measured in one pass
+
+
+@dataclass
+class WholeRun(Step):
+    """A pass of the whole model over all batches, in which the sites of some blocks are measured."""
+
+    model: PreTrainedModel
+    covered: range
+    _batches: Sequence[Batch]
+
+    def covers(self, block: int) -> bool:
+        return block in self.covered
+
+    def rows(self, name: str, masks: Sequence[Tensor | None] = ()) -> list[int]:
+        made: dict[torch.Size, Counter[str]] = {}
+        counts = []
+        for batch, mask in zip(self._batches, masks or [None] * len(self._batches), strict=True):
+            shape = next(iter(batch.values())).shape
+            if shape not in made:
+                made[shape] = _count_rows(self.model, batch)
+            rows = made[shape][name]
+            if mask is not None and rows % mask.numel() == 0:
+                rows = rows // mask.numel() * int(mask.sum())
+            counts.append(rows)
+        return counts
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[int]:
+        """Yield each batch's index, then run the model on it."""
+        for number, batch in enumerate(self._batches):
+            yield number
+            with fast_products():
+                self.model(**batch)
+
+
+class WholeStream(Stream):
+    """Like `BlockStream`, with all weights in memory."""
+
+    def __init__(self, source: Model, batches: Sequence[Batch], dtype: torch.dtype, execution: ExecutionConfig) -> None:
+        self.source, self.dtype = source, dtype
+        self.model = source.load(dtype)
+        self.model.config.use_cache = False
+        self._batches = batches
+        self.blocks = len(find_blocks(self.model, source.family))
+        self._groups = [
+            range(first, first + BLOCKS_AT_ONCE) for first in range(0, self.blocks + 1, BLOCKS_AT_ONCE)
+        ]  # one block more, for what follows the blocks
+        self.passes = len(self._groups)
+        self.blocks_at_once = self.blocks  # that one step runs
+
+    def steps(self) -> Iterator[WholeRun]:
+        """Yield a pass for every few blocks; nothing runs unless the caller runs it."""
+        for covered in self._groups:
+            yield WholeRun(self.model, covered, self._batches)
+
+    def follows(self, block: int) -> bool:
+        return False
+
+    @torch.inference_mode()
+    def outputs(self) -> Iterator[Any]:
+        for batch in self._batches:
+            with fast_products():
+                output = self.model(**batch)
+            yield output
+
+
+def open_stream(
+    source: Model,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
+) -> Stream:
+    """Run a model over batches, block by block where its class allows it."""
+    kind = BlockStream if source.family.streamable else WholeStream
+    return kind(source, batches, dtype, execution)
+
+
+@torch.inference_mode()
+def _count_rows(model: PreTrainedModel, batch: Batch) -> Counter[str]:
+    """The rows that every matrix reads, by the path of its module."""
+    rows: Counter[str] = Counter()
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+
+                def count(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                    rows[name] += args[0].shape[:-1].numel()
+
+                hooks.callback(module.register_forward_pre_hook(count).remove)
+        model(**batch)
+    return rows
