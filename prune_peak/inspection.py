@@ -57,7 +57,7 @@ class Inspection:
     dtype: str
     blocks: int
     sites: tuple[PrunableSites, ...]
-    unprunable: Mapping[str, str]  # kinds of site that cannot be made smaller, with the reason
+    unprunable: Mapping[str, str]  # kinds of site that cannot be made smaller, and parts left whole, with the reason
     parameters: int
     bytes: int
     budget: str  # the ratio or target
@@ -115,6 +115,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
                 break
             except PrunePeakError as reason:
                 unprunable.setdefault(kind, str(reason))
+    unprunable |= {f"left whole: {key}": reason for key, reason in spec.family.left_whole.items()}
     return Inspection(
         model=spec.name,
         model_type=spec.family.model_type,

@@ -100,6 +100,8 @@ def prepare(model: str, options: CompressOptions) -> Job:
     check_modules(source.folder)
     if conversion.zero_filled:
         _warn_zero_fill(conversion, options.refit)
+    if not source.family.streamable:
+        log.warning("%s runs whole, all its weights in memory: its blocks cannot run one by one.", source.name)
     return Job(options, source, folder, sites, allocations, conversion, statistics, eval_set, workload, execution)
 
 

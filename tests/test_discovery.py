@@ -74,7 +74,7 @@ def test_the_class_tells_what_the_table_says(model_type: str) -> None:
         with pytest.raises(PrunePeakError, match="outside the blocks"):
             discover_mlps(asked)
         return
-    blocks, [mlp] = discover_mlps(asked)
+    blocks, [mlp], _ = discover_mlps(asked)
     assert blocks == row.blocks
     found = (mlp.input_projections, mlp.output_projection, mlp.width_key)
     assert found == (row.mlp.input_projections, row.mlp.output_projection, row.mlp.width_key)
@@ -291,6 +291,14 @@ def test_compress_runs_a_model_whole(tmp_path: Path) -> None:
     assert result.after.parameters < result.before.parameters
     loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "cut")
     assert loaded.config.intermediate_size == 32
+
+
+def test_what_is_left_whole_is_named(tmp_path: Path) -> None:
+    """Experts beside the shared expert that is pruned."""
+    config = transformers.Qwen2MoeConfig(architectures=["Qwen2MoeForCausalLM"])
+    config.save_pretrained(tmp_path)
+    inspection = prune_peak.inspect(str(tmp_path), 0.3)
+    assert "experts" in inspection.unprunable["left whole: moe_intermediate_size"]
 
 
 def test_inspect_of_a_large_config_is_quick(tmp_path: Path) -> None:

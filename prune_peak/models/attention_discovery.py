@@ -1,7 +1,7 @@
 """Ask a stock class for its attention: halve its heads at one width of a head, and see which tensors become smaller."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,13 +46,11 @@ def _describe(asked: Asked, blocks: str, key: str) -> Attention:
         head_dim = read_key(asked.config, f"{holder}.hidden_size".lstrip(".")) // heads
     kv_heads = read_key(asked.config, kv_key) if kv_key else None
     groups = kv_heads or heads
-    fewer = [groups // 2] if groups % 2 == 0 else [groups - 1] if groups > 1 else []
-    values: dict[str, Any] = {key: heads // 2, head_dim_key: head_dim}  # of the only group
-    if fewer:
-        values = {key: heads // groups * fewer[0], head_dim_key: head_dim}
-        values |= {} if kv_key is None or kv_heads is None else {kv_key: fewer[0]}
-    inputs, outputs = _moved(asked, blocks, values)
-    [output] = outputs
+    fewer = groups // 2 if groups % 2 == 0 else groups - 1
+    values: dict[str, Any] = {key: heads // groups * fewer or heads // 2, head_dim_key: head_dim}
+    if kv_key is not None and kv_heads is not None and fewer:  # the only group stays
+        values[kv_key] = fewer
+    inputs, output = _moved(asked, blocks, values)
     keys: dict[str, Any] = {"heads_key": key, "kv_heads_key": kv_key, "head_dim_key": head_dim_key}
     if len(inputs) == 1:
         return Attention(inputs[0], inputs[0], inputs[0], output, **keys)
@@ -60,20 +58,15 @@ def _describe(asked: Asked, blocks: str, key: str) -> Attention:
     if None in named or len(set(named)) < 3:
         raise NotDiscovered(f"its input projections are {', '.join(inputs)}, not queries, keys and values")
     query, key_module, value_module = map(str, named)
-    return Attention(
-        query, key_module, value_module, output, other_inputs=_others(inputs, [query, key_module, value_module]), **keys
-    )
+    others = tuple(module for module in inputs if module not in named)
+    return Attention(query, key_module, value_module, output, other_inputs=others, **keys)
 
 
 def _is(pattern: re.Pattern[str], module: str) -> bool:
     return bool(pattern.search(module.rpartition(".")[2]))
 
 
-def _others(inputs: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    return tuple(module for module in inputs if module not in known)
-
-
-def _moved(asked: Asked, blocks: str, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _moved(asked: Asked, blocks: str, values: Mapping[str, Any]) -> tuple[list[str], str]:
     """The input projections and the output projection of the blocks, by their paths in the block.
 
     Raises:
@@ -93,7 +86,7 @@ def _moved(asked: Asked, blocks: str, values: Mapping[str, Any]) -> tuple[list[s
             raise NotDiscovered(f"{name} spans all heads")
     if len(outputs) != 1 or not inputs:
         raise NotDiscovered(f"{len(outputs)} output projections and {len(inputs)} input projections follow it")
-    return list(inputs), list(outputs)
+    return list(inputs), next(iter(outputs))
 
 
 def is_grouped(attention: Attention, blocks: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool | None:

@@ -42,7 +42,7 @@ def discover_family(model_class: type[PreTrainedModel], config: PreTrainedConfig
 
 
 def _discover(asked: Asked) -> Family:
-    blocks, mlps = discover_mlps(asked)
+    blocks, mlps, left_whole = discover_mlps(asked)
     attention, unseen = discover_attention(asked, blocks)
     outputs = [mlp.output_projection for mlp in mlps] + ([] if attention is None else [attention.output_projection])
     keys = asked.bias_keys(outputs)
@@ -56,7 +56,13 @@ def _discover(asked: Asked) -> Family:
         for mlp in mlps
     ]
     family = Family(
-        asked.config.model_type, blocks, mlps[0], other_mlps=tuple(mlps[1:]), attention_unseen=unseen, discovered=True
+        asked.config.model_type,
+        blocks,
+        mlps[0],
+        other_mlps=tuple(mlps[1:]),
+        left_whole=left_whole,
+        attention_unseen=unseen,
+        discovered=True,
     )
     if attention is not None:
         attention = replace(attention, bias_key=keys.get(attention.output_projection))
@@ -68,13 +74,13 @@ def _discover(asked: Asked) -> Family:
     return replace(family, attention=attention, attention_unseen=unseen, streamable=streamable)
 
 
-def discover_mlps(asked: Asked) -> tuple[str, list[MLP]]:
-    """The path of the list of blocks, and the MLPs that its blocks can have.
+def discover_mlps(asked: Asked) -> tuple[str, list[MLP], dict[str, str]]:
+    """The path of the list of blocks, the MLPs that its blocks can have, and keys that are no widths of these, and why.
 
     Raises:
         PrunePeakError: there is none; the message says what was seen.
     """
-    seen: list[str] = []
+    left_whole: dict[str, str] = {}
     found: dict[tuple[str, str], MLP] = {}  # by the path of the blocks and the output projection; the first key counts
     for key in _width_keys(asked.config):
         try:
@@ -82,14 +88,15 @@ def discover_mlps(asked: Asked) -> tuple[str, list[MLP]]:
                 found.setdefault((path, mlp.output_projection), mlp)
         except NotDiscovered as reason:
             if reason.args:
-                seen.append(f"{key}: {reason}")
+                left_whole[key] = str(reason)
     if not found:
         raise PrunePeakError(
             f"{asked.model_class.__name__} has no MLP that can be pruned. "
-            f"{'; '.join(seen) or 'No key of its config is a width'}."
+            f"{'; '.join(map(': '.join, left_whole.items())) or 'No key of its config is a width'}."
         )
     blocks, _ = next(iter(found))
-    return blocks, [mlp for (path, _), mlp in found.items() if path == blocks]
+    left_whole |= {mlp.width_key: f"it belongs to {path}" for (path, _), mlp in found.items() if path != blocks}
+    return blocks, [mlp for (path, _), mlp in found.items() if path == blocks], left_whole
 
 
 def _width_keys(config: PreTrainedConfig) -> Iterator[str]:

@@ -4,7 +4,8 @@ To add a family, add one row to FAMILIES and one tiny config to `tests/tiny.py`;
 Counts, widths, layer types and biases are read from the stock class (`sites`).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,6 +54,7 @@ class Family:
     pooler: str | None = None  # path of an optional module after the blocks with an MLP like theirs
     ignored_tensors: tuple[str, ...] = ()  # patterns of published tensors that belong to another head
     other_mlps: tuple[MLP, ...] = ()  # more than one in a block, or another one in some blocks
+    left_whole: Mapping[str, str] = field(default_factory=dict)  # config keys that look like widths; why they are not
     attention_unseen: str = ""  # why no attention was found in the class
     streamable: bool = True  # its blocks can run one by one
     discovered: bool = False  # asked of the class (models/discovery.py), not a row of the table

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from glob import escape
 from pathlib import Path
@@ -40,7 +40,7 @@ from .config_checks import (
     refuse_code,
 )
 from .discovery import discover_family
-from .families import MLP, Family
+from .families import Family
 from .head_detection import detect_class
 from .weight_names import Merged, check_shapes, match_names
 
@@ -54,7 +54,6 @@ CARD = "README.md"  # read for the licence
 
 # Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
 NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
-UNKNOWN = Family("", "", MLP((), "", ""))  # before the class is asked
 IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
 
 
@@ -301,10 +300,9 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
             raise TypeError(f"dtype {raw.get('dtype', raw.get('torch_dtype'))!r}")
         weights = Checkpoint(folder) if not raw.get("architectures") and has_weights(folder) else None
         model_class = find_class(config, raw.get("architectures") or [detect_class(config, weights)])
-        spec = ModelSpec(name, commit, folder, family or UNKNOWN, config, model_class)
+        family = family or discover_family(model_class, config)
+        spec = ModelSpec(name, commit, folder, family, config, model_class)
         meta_model = spec.meta_model  # raises for shapes that the class rejects
-        if family is None:
-            spec = replace(spec, family=discover_family(model_class, config))
     except PrunePeakError:
         raise
     except Exception as error:  # config classes and modules raise many types
