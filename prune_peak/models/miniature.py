@@ -28,6 +28,7 @@ NOT_WIDTH = re.compile(
 IMAGES = "pixel_values"
 STAGES = {"out_features", "out_indices", "stage_names"}  # of backbones, computed from the number of blocks
 MOST_PARAMETERS, MOST_PIXELS = 100_000_000, 2**22
+MOST_VALUE = 2**16  # of other keys; a config can ask for a loop without end
 MOST_POSITIONS, FEW_TOKENS = 512, 256
 # Divisors of heads and of their width; the weaker ones for classes with limits of their own
 STRENGTHS = ((8, 8), (4, 8), (4, 4), (2, 4), (2, 2), (1, 8), (1, 4), (1, 2), (1, 1))
@@ -75,7 +76,7 @@ def _shrunk(key: str, value: Any, heads: int, width: int, blocks: int, before: s
     if WIDTH.search(key) and not NOT_WIDTH.search(key) and value >= 16:
         small = max(value // (heads * width), 4)
         return small // 4 * 4 if INNER.search(key) else small  # kernels of experts take rows of 16 bytes
-    return value
+    return min(value, MOST_VALUE)
 
 
 def _created(small: PreTrainedConfig, heads: int, width: int) -> PreTrainedConfig:
