@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from .models.bfloat16 import fast_products
+from .models.config_keys import image_size, vision_config
 from .models.execution import CPU, ExecutionConfig
 from .models.loading import IMAGES, Model
 from .models.stream import Batch
@@ -53,9 +54,8 @@ def probe_batches(model: Model, probes: int) -> list[Batch]:
     """
     generator, config = torch.Generator().manual_seed(0), model.config
     if model.sees_images:
-        vision = model.vision_config
-        size = getattr(vision, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else size
+        vision = vision_config(config)
+        height, width = image_size(vision)
         return [{IMAGES: torch.randn(probes, vision.num_channels, height, width, generator=generator)}]
     longest = model.positions or 128
     length = max(2, min(96, longest - DECODED))

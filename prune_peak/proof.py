@@ -76,25 +76,21 @@ def compare_outputs(
 
     In float64, or in float32 where the class computes a part of it in float32.
     """
-    with suppress(RuntimeError):
-        return _compare(model.double(), pruned.double(), sites, plan, inputs)
-    return _compare(model.float(), pruned.float(), sites, plan, inputs)
 
-
-def _compare(
-    model: PreTrainedModel,
-    pruned: PreTrainedModel,
-    sites: Sequence[Site],
-    plan: Mapping[str, SitePlan],
-    inputs: Mapping[str, Tensor],
-) -> tuple[float, float]:
-    inputs = {name: values.to(model.dtype) if values.is_floating_point() else values for name, values in inputs.items()}
-    with torch.inference_mode():
-        found, original = outputs_of(pruned(**inputs)), outputs_of(model(**inputs))
+    @torch.inference_mode()
+    def compare() -> tuple[float, float]:
+        given = {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in inputs.items()}
+        found, original = outputs_of(pruned(**given)), outputs_of(model(**given))
         with ablated(model, sites, plan):
-            expected = outputs_of(model(**inputs))
-    largest = expected.abs().max()
-    return ((found - expected).abs().max() / largest).item(), ((original - expected).abs().max() / largest).item()
+            expected = outputs_of(model(**given))
+        largest = expected.abs().max()
+        return ((found - expected).abs().max() / largest).item(), ((original - expected).abs().max() / largest).item()
+
+    model.double(), pruned.double()
+    with suppress(RuntimeError):
+        return compare()
+    model.float(), pruned.float()
+    return compare()
 
 
 def _convert(small: ModelSpec, sites: Sequence[Site]) -> Conversion:

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+DEFAULT_SIZE = 224  # pixels
+
 
 def owner(config: PreTrainedConfig, key: str) -> tuple[PreTrainedConfig, str]:
     """The config that holds a key, and the last part of the key."""
@@ -35,3 +37,16 @@ def all_keys(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, 
                 yield from all_keys(value, f"{prefix}{key}.")
         elif not key.startswith("_"):
             yield f"{prefix}{key}", value
+
+
+def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of what sees images: that of the tower, in classes of two towers."""
+    found: PreTrainedConfig = getattr(config, "vision_config", None) or config
+    return found
+
+
+def image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of the images that a vision config takes; 224 where it does not say."""
+    size = getattr(config, "image_size", None) or DEFAULT_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

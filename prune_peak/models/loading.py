@@ -39,9 +39,11 @@ from .config_checks import (
     read_generation,
     refuse_code,
 )
+from .config_keys import image_size, vision_config
 from .discovery import discover_family
 from .families import Family
 from .head_detection import detect_class
+from .miniature import IMAGES as IMAGES  # exported
 from .weight_names import Merged, check_shapes, match_names
 
 # Files that are copied with a checkpoint; not code, pickles or the README
@@ -54,7 +56,6 @@ CARD = "README.md"  # read for the licence
 
 # Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
 NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
-IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,6 @@ class ModelSpec:
     def sees_images(self) -> bool:
         """Whether the inputs are images rather than tokens."""
         return bool(self.model_class.main_input_name == IMAGES)
-
-    @property
-    def vision_config(self) -> PreTrainedConfig:
-        """The config of what sees images: that of the tower, in classes of two towers."""
-        config: PreTrainedConfig = getattr(self.config, "vision_config", None) or self.config
-        return config
 
     @property
     def positions(self) -> int | None:
@@ -215,8 +210,8 @@ def count_patches(source: ModelSpec) -> int:
     def area(size: Any) -> int:
         return size**2 if isinstance(size, int) else math.prod(size)
 
-    config = source.vision_config
-    return area(getattr(config, "image_size", None) or 224) // area(getattr(config, "patch_size", None) or 16)
+    config = vision_config(source.config)
+    return math.prod(image_size(config)) // area(getattr(config, "patch_size", None) or 16)
 
 
 def open_model_spec(name: str, revision: str | None = None) -> ModelSpec:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunePeakError, brief
 from .config_checks import build_meta_model
+from .config_keys import image_size, vision_config
 
 LAYERS = re.compile(r"(^|_)(n_?|num_)?(hidden_|encoder_|decoder_)?(layers?|depth|blocks)$")
 VOCABULARY, TOKENS = re.compile(r"vocab_size$|^n_words$"), re.compile(r"(token_id|token_index|_idx)$")
@@ -25,7 +26,7 @@ INNER = re.compile(r"intermediate|ffn|inner")
 NOT_WIDTH = re.compile(
     r"vocab|patch|image|window|kernel|stride|type|group|num_channels|chunk|block|bucket|^n_(?!embd|inner)|num_|max|conv"
 )
-IMAGES = "pixel_values"
+IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
 STAGES = {"out_features", "out_indices", "stage_names"}  # of backbones, computed from the number of blocks
 MOST_PARAMETERS, MOST_PIXELS = 100_000_000, 2**22
 MOST_VALUE = 2**16  # of other keys; a config can ask for a loop without end
@@ -80,7 +81,7 @@ def _shrunk(key: str, value: Any, heads: int, width: int, blocks: int, before: s
 
 
 def _created(small: PreTrainedConfig, heads: int, width: int) -> PreTrainedConfig:
-    """The config made anew from its values, which checks them."""
+    """The config created again from its values, which checks them."""
     values = {key: value for key, value in small.to_dict().items() if key not in STAGES}
     if values.get("per_layer_config"):  # settings that differ by block
         blocks = small.num_hidden_layers
@@ -146,9 +147,8 @@ def make_inputs(model: PreTrainedModel, rows: int = 2, length: int = 12) -> dict
     """Random inputs: token ids, or images."""
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == IMAGES:
-        config = getattr(model.config, "vision_config", model.config)
-        size = getattr(config, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else size
+        config = vision_config(model.config)
+        height, width = image_size(config)
         if height * width > MOST_PIXELS:
             raise PrunePeakError(f"images of {height} x {width} pixels; expected at most {MOST_PIXELS:,} pixels")
         channels = getattr(config, "num_channels", 3)

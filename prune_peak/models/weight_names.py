@@ -92,14 +92,17 @@ def find_names(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Names:
         if pattern is not None and name in state and disk not in state:
             parts.setdefault(name, []).append((pattern, disk))
             continue
-        if pattern is not None and disk in state:
+        if pattern is not None and disk in state:  # it has been converted already
             name = disk
+        if name not in state:
+            unknown[disk] = name
+            continue
         if name in plain:
             raise PrunePeakError(
                 f"{checkpoint.folder}: {disk!r} and {plain[name]!r} are the same tensor, {name}. "
                 "Expected one of them; save the model again with `save_pretrained`."
             )
-        (plain if name in state else unknown)[name if name in state else disk] = disk if name in state else name
+        plain[name] = disk
     merged: dict[str, Merged] = {}
     for target, found in parts.items():
         one = Merged(by_pattern[found[0][0]], target, tuple(found))

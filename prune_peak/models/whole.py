@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,18 +28,18 @@ class WholeRun(Step):
     model: PreTrainedModel
     covered: range
     _batches: Sequence[Batch]
+    _counted: dict[torch.Size, Counter[str]] = field(default_factory=dict)  # rows by module, for each shape of a batch
 
     def covers(self, block: int) -> bool:
         return block in self.covered
 
     def rows(self, name: str, masks: Sequence[Tensor | None] = ()) -> list[int]:
-        made: dict[torch.Size, Counter[str]] = {}
         counts = []
         for batch, mask in zip(self._batches, masks or [None] * len(self._batches), strict=True):
             shape = next(iter(batch.values())).shape
-            if shape not in made:
-                made[shape] = _count_rows(self.model, batch)
-            rows = made[shape][name]
+            if shape not in self._counted:
+                self._counted[shape] = _count_rows(self.model, batch)
+            rows = self._counted[shape][name]
             if mask is not None and rows % mask.numel() == 0:
                 rows = rows // mask.numel() * int(mask.sum())
             counts.append(rows)
