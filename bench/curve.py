@@ -25,9 +25,9 @@ from prune_peak.models.streaming import BlockStream
 from prune_peak.options import AUTO, Budget
 from prune_peak.pruning.budget import find_allocations
 from prune_peak.sites.finding import find_sites
-from prune_peak.sites.hooks import ablated
+from prune_peak.sites.hooks import ablated, observed
 from prune_peak.sites.plan import SitePlan
-from prune_peak.stats.collection import SiteObserver, observe_inputs
+from prune_peak.stats.collection import SiteObserver
 
 BATCH_WINDOWS = 4
 
@@ -68,7 +68,7 @@ def main() -> None:
         site = sites[step.index]
         observer = SiteObserver(site, [windows.numel()], for_refit=True)
         ran, resumed = 0.0, time.perf_counter()
-        with observe_inputs(stream.model.get_submodule(site.name), observer.add):
+        with observed(stream.model.get_submodule(site.name), observer.add):
             # when the step gives a batch's number, those before it have run
             for done in chain((number * BATCH_WINDOWS for number in step.run()), [len(windows)]):
                 if done in seconds:

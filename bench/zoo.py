@@ -28,10 +28,10 @@ from prune_peak.models.asking import Asked
 from prune_peak.models.discovery import discover_mlps
 from prune_peak.models.loading import open_model
 from prune_peak.models.miniature import build_miniature, make_inputs
-from prune_peak.options import OWN, Budget
+from prune_peak.options import OWN, Budget, PruningOptions
 from prune_peak.proof import LEAST_EFFECT, PROOF_BOUND, SHARES, compare_outputs, prove
 from prune_peak.pruning.budget import find_allocations
-from prune_peak.pruning.site_pruning import select
+from prune_peak.pruning.site_pruning import plan_site, select
 from prune_peak.sites.finding import find_sites
 from prune_peak.stats.collection import collect
 
@@ -40,6 +40,7 @@ HEADS = {
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
+EXPERT_KINDS = ("expert-mlp", "experts")
 # What the default config leaves out and every checkpoint's own config says
 COMPLETED: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -47,7 +48,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 8, "num_hidden_layers": 24, "num_dense_layers": 2},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
@@ -90,17 +91,20 @@ def try_type(model_type: str, class_name: str) -> dict[str, Any]:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder)
         try:
-            found = prune_kind(folder, Path(scratch) / "mlp", "mlp", 0.3)
+            family = open_model(str(folder)).family
+            main = EXPERT_KINDS[0] if family.mlp is None else "mlp"
+            found = prune_kind(folder, Path(scratch) / main, main, 0.3)
         except PrunePeakError as error:
             return {"reason": str(error).replace(str(folder), "the small model")}
-        return found | {"attention": _try_attention(folder, Path(scratch))}
+        others = [] if family.experts is None else [kind for kind in EXPERT_KINDS if kind != main]
+        return found | {kind: _try_kind(folder, Path(scratch), kind) for kind in ("attention", *others)}
 
 
-def _try_attention(folder: Path, scratch: Path) -> dict[str, Any]:
+def _try_kind(folder: Path, scratch: Path, kind: str) -> dict[str, Any]:
     reason = ""
     for share in SHARES:
         try:
-            return prune_kind(folder, scratch / f"attention-{share}", "attention", share)
+            return prune_kind(folder, scratch / f"{kind}-{share}", kind, share)
         except PrunePeakError as error:
             reason = str(error).replace(str(folder), "the small model")
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # of the class
@@ -126,6 +130,9 @@ def prune_kind(folder: Path, output: Path, kind: str, ratio: float) -> dict[str,
     plans: dict[int, dict[str, Any]] = defaultdict(dict)
     for observed in collect(source, conversion.sites, batches, torch.float32):
         site = observed.site
+        if kind == "experts":
+            plans[site.block][site.name] = plan_site(source, observed, kept[site.name], PruningOptions()).plan
+            continue
         weight, _ = site.read_projection(source)
         plans[site.block][site.name] = select(site, observed.stats.summarize(), weight, kept[site.name], "mean")
     output.mkdir()
@@ -141,6 +148,7 @@ def prune_kind(folder: Path, output: Path, kind: str, ratio: float) -> dict[str,
     difference, effect = compare_outputs(original, written.eval(), conversion.sites, plan, make_inputs(original))
     first = conversion.sites[0]
     return {
+        "kind": kind,
         "class": conversion.model_class.__name__,
         "blocks": family.blocks,
         "sites": len(sites),

@@ -23,6 +23,8 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
     ViTConfig,
@@ -37,6 +39,7 @@ MASKED = 0.25  # share of the tokens that a masked model is asked for; more than
 WINDOW = 32  # tokens that mistral-mini attends to
 BATCH, STEPS, PEAK_RATE, WARM_UP = 24, 500, 3e-3, 50  # more steps learn the text by heart
 MASKED_STEPS, MASKED_RATE = 1200, 2e-3
+MIXTURE_STEPS = 300  # more learn the text by heart
 NEIGHBOURS = (-1, 1, -2, 2)  # where the heads of roberta-mini's first block look at first
 SPEED, SLOWING, WAVES, SHARPNESS = 2.5, 0.75, 0.16, 1.2  # of its positions: waves, each slower than the one before
 IMAGE, IMAGE_STEPS, IMAGE_BATCH, IMAGE_RATE = 8, 800, 64, 1e-3
@@ -96,6 +99,31 @@ def mistral_mini() -> PreTrainedModel:
             head_dim=32,
             max_position_embeddings=CONTEXT,
             sliding_window=WINDOW,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
+
+
+def moe_mini() -> PreTrainedModel:
+    """Eight experts, of which every token is given two; 2.7 million parameters, saved in bfloat16."""
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            moe_intermediate_size=256,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            output_router_logits=True,  # in training, for the loss that balances the experts
+            router_aux_loss_coef=0.01,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
@@ -171,7 +199,13 @@ def vit_mini() -> PreTrainedModel:
     )
 
 
-LANGUAGE = {"opt-mini": opt_mini, "llama-mini": llama_mini, "mistral-mini": mistral_mini, "roberta-mini": roberta_mini}
+LANGUAGE = {
+    "opt-mini": opt_mini,
+    "llama-mini": llama_mini,
+    "mistral-mini": mistral_mini,
+    "roberta-mini": roberta_mini,
+    "moe-mini": moe_mini,
+}
 MASK = 3  # the mask token of roberta-mini
 
 
@@ -329,7 +363,12 @@ def make_language_model(name: str, output: Path) -> None:
     tokenizer = train_tokenizer(text, masked)
     training, held_out = split(text, tokenizer)
     model = LANGUAGE[name]()
-    train(model, training, *((MASKED_STEPS, MASKED_RATE) if masked else (STEPS, PEAK_RATE)))
+    is_mixture = getattr(model.config, "output_router_logits", False)
+    steps = MIXTURE_STEPS if is_mixture else STEPS
+    train(model, training, *((MASKED_STEPS, MASKED_RATE) if masked else (steps, PEAK_RATE)))
+    if is_mixture:
+        model.config.output_router_logits = False
+        model.to(torch.bfloat16)
     loss, accuracy = measure(model, held_out)
     counts = held_out.bincount()
     print(
@@ -346,9 +385,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write them into")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives other models of the same kind")
     options = parser.parse_args()
     for name in options.names or names:
-        torch.manual_seed(0)
+        torch.manual_seed(options.seed)
         if name == "vit-mini":
             make_vit_mini(options.output)
         else:

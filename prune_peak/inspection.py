@@ -39,6 +39,7 @@ class PrunableSites:
     """The sites of one kind, and what a budget leaves of each."""
 
     kind: str
+    count: int  # of the sites
     neurons: int  # at every site
     step: int  # neurons by which it becomes narrower
     kept: int  # neurons; all of them where the kind is not pruned
@@ -108,7 +109,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
     prunable: list[PrunableSites] = []
     unprunable: dict[str, str] = {}
     kept = {site.label: widths[site.name] for site in sites if site.name in widths}
-    for kind in labels():
+    for kind in labels(spec.family):
         for in_place in (True,) if budget.keep_shape else (False, True):
             try:
                 prunable.append(_inspect_kind(spec, budget, output_class, kind, kept.get(kind), in_place))
@@ -154,13 +155,15 @@ def _inspect_kind(
         spec, sites, {one.name: kept or site.neurons - step for one in sites}, spec.dtype, output_class
     )
     folded_into = "nowhere: no bias takes them, so they are zero"
-    if not conversion.zero_filled:
+    if not site.kind.holds_constants:
+        folded_into = "nowhere: the router chooses among the experts that are left"
+    elif not conversion.zero_filled:
         written = find_sites(conversion.meta_model, conversion.family, [kind], budget.unit, in_place)[0]
         assert written.folded_into is not None
-        module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix(".bias")
+        module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix("bias").rstrip("._")
         folded_into = f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
     written_as = conversion.model_class.__name__
-    return PrunableSites(kind, site.neurons, step, kept or site.neurons, written_as, folded_into, in_place)
+    return PrunableSites(kind, len(sites), site.neurons, step, kept or site.neurons, written_as, folded_into, in_place)
 
 
 @dataclass(frozen=True)

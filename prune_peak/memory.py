@@ -6,6 +6,7 @@ kept for the next block, because new pages take time.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -118,12 +119,16 @@ def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_
     weights = source.parameters * factor if whole else block * factor
     states = 0 if hidden_states_on_disk or workload.is_measured or whole else workload.tokens * hidden * width
     batch = batch_tokens * ((4 * neurons + 8 * hidden) * width + (neurons + hidden) * wide)
-    at_once = len([site for site in workload.sites if site.block < BLOCKS_AT_ONCE]) if whole else 1
+    if whole:
+        at_once = len([site for site in workload.sites if site.block < BLOCKS_AT_ONCE])
+    else:  # the experts of a block are measured together
+        at_once = max(Counter((site.block, site.label) for site in workload.sites).values())
     measured = at_once * neurons * 256 * 8
     accumulator = solving = 0
-    if workload.refit and workload.tokens < neurons:
-        accumulator = workload.tokens * neurons * width
-        solving = 2 * accumulator + 20 * workload.tokens**2 + 12 * neurons * hidden + 12 * workload.tokens * neurons
+    tokens = round(workload.tokens * max(site.served for site in workload.sites))
+    if workload.refit and tokens < neurons:
+        accumulator = at_once * tokens * neurons * width
+        solving = 2 * tokens * neurons * width + 20 * tokens**2 + 12 * neurons * hidden + 12 * tokens * neurons
     elif workload.refit:
         accumulator = at_once * 8 * neurons**2
         solving = 32 * neurons**2

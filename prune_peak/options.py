@@ -14,6 +14,7 @@ HEAD, GROUP, NEURON = UNITS = ("head", "group", "neuron")  # what leaves an atte
 PROCESSOR = "cpu"
 FLOATS = ("float32", "bfloat16", "float16")
 ELIMINATION, DEVIATION = "elimination", "deviation"  # the default scores, with the refit and without it
+REAP, FREQUENCY = "reap", "frequency"  # scores of whole experts
 RANDOM, RANKED = "random", "ranked"
 RESAMPLE = "resample"
 METHODS = FULL, LORA = ("full", "lora")  # what `heal` trains
@@ -29,8 +30,23 @@ FILLS: dict[str, Callable[[Any], Any]] = {
 }
 # name: the function that chooses the neurons to keep; pruning/scores.py fills it, and imports no torch either
 SCORES: dict[str, Callable[..., Any]] = {}
+NO_FILL = "none"  # of whole experts
 # name: the module whose `export(folder, file)` writes the format
 FORMATS = {"gguf": "prune_peak.export.gguf"}
+
+# what a kind of site prunes, in prose; of others it is neurons
+UNIT_NAMES = {"mlp": "MLP neurons", "expert-mlp": "neurons of the experts", "experts": "experts"}
+
+
+def name_units(kind: str) -> str:
+    """What a kind of site prunes, in prose.
+
+    Example:
+        >>> name_units("experts"), name_units("attention")
+        ('experts', 'attention neurons')
+    """
+    return UNIT_NAMES.get(kind, f"{kind} neurons")
+
 
 Ratio = float | Mapping[str, float]
 
@@ -81,7 +97,10 @@ class Budget(Options):
     target_params: float | None = option(None, "Instead: share of all parameters that may stay, e.g. 0.8.")
     target_bytes: int | None = option(None, "Instead: size that the weights may have, e.g. 2GB.", parse="size")
     sites: tuple[str, ...] | None = option(
-        None, "Kinds of site to prune: mlp, attention, or mlp,attention.", parse="names", shown="mlp"
+        None,
+        "Kinds of site to prune: mlp, attention, expert-mlp (narrower experts), experts (whole ones), or several.",
+        parse="names",
+        shown="mlp",
     )
     unit: str = option(
         HEAD,

@@ -30,6 +30,7 @@ from .models.families import tensors_by_block
 from .models.loading import Model, open_model
 from .options import SELF
 from .probes import Hooks, Outputs, Whole, probe_batches, run_streamed
+from .sites.expert_mlp import ExpertSite
 from .sites.finding import find_sites
 from .sites.plan import SitePlan
 from .sites.site import Site
@@ -115,17 +116,19 @@ class RefittedPlan(Mapping[str, SitePlan]):
     ) -> None:
         sites = find_sites(written.meta_model, written.family, options["sites"], options["unit"], options["keep_shape"])
         self._plan, self._original, self._written = plan, original, written
-        self._pairs = {site.name: (site, other) for site, other in zip(conversion.sites, sites, strict=True)}
+        self._pairs = pair_sites(conversion.sites, sites, plan)
         self._biases = {site.bias for site in conversion.sites}
 
     def __getitem__(self, name: str) -> SitePlan:
-        site, written_site = self._pairs[name]
         plan, written = self._plan[name], self._written
-        weight = site.kind.reduce(written_site.as_matrix(written.read(written_site.weight)).float(), plan.keep)
+        if name not in self._pairs:
+            return plan
+        site, written_site = self._pairs[name]
+        weight = site.kind.reduce(written_site.read_projection(written)[0].float(), plan.keep)
         bias = torch.zeros(site.hidden)
         if site.folded_into == site.bias or (site.folded_into is not None and site.folded_into not in self._biases):
             assert written_site.folded_into is not None
-            bias = written.read(written_site.folded_into).float()
+            bias = written_site.read_constants(written).float()
             if site.folded_into != site.bias and site.folded_into in self._original.names:
                 bias = bias - self._original.read(site.folded_into).float()
         written.checkpoint.release()
@@ -136,6 +139,19 @@ class RefittedPlan(Mapping[str, SitePlan]):
 
     def __len__(self) -> int:
         return len(self._plan)
+
+
+def pair_sites(
+    sites: Sequence[Site], written: Sequence[Site], plan: Mapping[str, SitePlan]
+) -> dict[str, tuple[Site, Site]]:
+    """The sites with weights of their own that are still there, each with that of the written model, by name."""
+    there = [
+        site
+        for site in sites
+        if not isinstance(site, ExpertSite) or site.module not in plan or site.expert in plan[site.module].keep
+    ]
+    pairs = zip(there, written, strict=True)
+    return {site.name: (site, other) for site, other in pairs if site.kind.holds_constants}
 
 
 def _check_plan(sites: Sequence[Site], plan: Mapping[str, SitePlan], kept: Mapping[str, int], original: Model) -> None:

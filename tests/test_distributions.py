@@ -7,8 +7,7 @@ from torch import Tensor
 
 from prune_peak.data.windows import into_batches
 from prune_peak.models.loading import open_model
-from prune_peak.sites.hooks import SitePlan, ablated
-from prune_peak.stats.collection import observe_inputs
+from prune_peak.sites.hooks import SitePlan, ablated, observed
 from prune_peak.studies.distributions import (
     FIRST,
     REST,
@@ -61,7 +60,7 @@ def test_first_tokens_are_separate(name: str, tmp_path) -> None:  # type: ignore
     found = list(measure_distributions(source, sites, into_batches(windows, tokens=64), torch.float32))
     assert [each.site.name for each in found] == [site.name for site in sites]
     model, inputs = load_whole(source, torch.float32).requires_grad_(False), []
-    with observe_inputs(model.get_submodule(sites[-1].name), lambda values: inputs.append(values.double())):
+    with observed(model.get_submodule(sites[-1].name), lambda values: inputs.append(values.double())):
         model(windows)
     last, values = found[-1], inputs[0].view(6, 32, -1)
     torch.testing.assert_close(last.first.mean, values[:, 0].mean(0), rtol=1e-4, atol=1e-6)
@@ -112,7 +111,7 @@ def test_hooks_and_distributions_use_the_same_neurons(tmp_path) -> None:  # type
     with (
         torch.inference_mode(),
         ablated(model, sites, plan),
-        observe_inputs(model.get_submodule(sites[0].name), lambda x: accumulator.add(x.flatten(0, 1))),
+        observed(model.get_submodule(sites[0].name), lambda x: accumulator.add(x.flatten(0, 1))),
     ):
         model(torch.randint(3, VOCABULARY, (2, 32)))
     moments = accumulator.moments()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..options import NO_FILL, name_units
+
 if TYPE_CHECKING:
     from ..compression import CompressionResult
     from ..evaluation.comparison import Comparison, Difference
@@ -25,7 +27,7 @@ def print_compression(result: "CompressionResult") -> None:
     rows: list[tuple[str, ...]] = [
         ("", "before", "after", "change"),
         *(
-            (f"{kind} neurons", f"{before.neurons[kind]:,}", f"{after.neurons[kind]:,}", f"-{share:.1%}")
+            (name_units(kind), f"{before.neurons[kind]:,}", f"{after.neurons[kind]:,}", f"-{share:.1%}")
             for kind, share in result.share.items()
         ),
         ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", _change(before.parameters, after.parameters)),
@@ -49,12 +51,11 @@ def print_compression(result: "CompressionResult") -> None:
     if first:
         click.echo(f"{first.metric.capitalize()} on {first.text}: {first.protocol}.")
     if result.zero_filled:
-        kinds = " and ".join(result.zero_filled)
-        click.echo(f"Held at zero: the pruned {kinds} neurons, because {result.model_class} has no bias there.")
-    if set(result.fills) != {"peak"}:
-        click.echo(
-            "Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in sorted(result.fills.items())) + "."
-        )
+        kinds = " and ".join(name_units(kind) for kind in result.zero_filled)
+        click.echo(f"Held at zero: the pruned {kinds}, because {result.model_class} has no bias there.")
+    fills = {fill: count for fill, count in sorted(result.fills.items()) if fill != NO_FILL}
+    if fills and set(fills) != {"peak"}:
+        click.echo("Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in fills.items()) + ".")
     if result.refits:
         left = statistics.median(refit.error for refit in result.refits.values())
         click.echo(f"Refit: {left:.0%} of the error of the constants on held-out tokens remains (median of sites).")
@@ -286,7 +287,8 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         *(
             (
                 site.kind,
-                f"{site.neurons} neurons in each of {i.blocks} blocks, in steps of {site.step}; "
+                f"{site.neurons} {'experts' if site.kind == 'experts' else 'neurons'} in each of {site.count} "
+                f"{'experts' if site.kind == 'expert-mlp' else 'blocks'}, in steps of {site.step}; "
                 f"constants go {site.folded_into}"
                 + ("; in place only (--keep-shape), which saves nothing" if site.in_place else ""),
             )
@@ -295,7 +297,10 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         *((kind, reason) for kind, reason in i.unprunable.items() if all(site.kind != kind for site in i.sites)),
         ("written as", i.written_as + (f" ({i.reason})" if i.reason else "")),
         ("read by", _readers(i.engines)),
-        (f"at {i.budget}", ", ".join(f"{site.kept} of {site.neurons} {site.kind} neurons kept" for site in i.sites)),
+        (
+            f"at {i.budget}",
+            ", ".join(f"{site.kept} of {site.neurons} {name_units(site.kind)} kept" for site in i.sites),
+        ),
         ("parameters", f"{i.parameters:,} -> {i.parameters_after:,} ({_change(i.parameters, i.parameters_after)})"),
         ("bytes", f"{i.bytes:,} -> {i.bytes_after:,}"),
     ]

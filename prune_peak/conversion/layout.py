@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ class Conversion:
     @property
     def zero_filled(self) -> tuple[str, ...]:
         """The kinds of site whose constants must be zero, because the class has no bias for them."""
-        return tuple(sorted({site.label for site in self.sites if site.folded_into is None}))
+        return tuple(
+            sorted({site.label for site in self.sites if site.folded_into is None and site.kind.holds_constants})
+        )
 
     @cached_property
     def layout(self) -> Layout:
@@ -92,10 +95,11 @@ class Conversion:
                 continue
             for name, slice_ in site.slices.items():
                 shape = list(pruned[name].shape)
-                shape[slice_.axis] = site.kind.size(site, name, shape[slice_.axis], self.kept[site.name])
+                size = tensors[name].shape[slice_.axis]
+                shape[slice_.axis] = site.kind.size(site, name, size, self.kept[site.name])
                 pruned[name] = pruned[name].new_empty(shape)
-            if site.folded_into is not None:
-                pruned.setdefault(site.folded_into, pruned[site.weight].new_empty(site.hidden))
+            if site.folded_into is not None and site.folded_into not in pruned:
+                pruned[site.folded_into] = pruned[site.weight].new_empty(site.hidden)
         return pruned
 
     def prune(
@@ -104,8 +108,9 @@ class Conversion:
         """The tensors of a source block (None: outside the blocks), pruned by a plan and converted."""
         sites = [site for site in self.sites if site.block == block]
         # a bias that also takes another site's constants takes its own first
-        for site in sorted(sites, key=lambda site: site.folded_into != site.bias):
-            tensors = site.kind.prune(tensors, site, plan[site.name])
+        sites.sort(key=lambda site: site.folded_into != site.bias)
+        for kind, alike in groupby(sites, lambda site: site.kind):
+            tensors = kind.prune_together(tensors, list(alike), plan)
         return self.convert(block, tensors)
 
     def convert(self, block: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ It has no dates and no paths, so that the same recipe gives the same bytes.
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import transformers
@@ -22,7 +23,7 @@ from yaml import YAMLError
 from ..evaluation.quality import PERPLEXITY, EvalResult
 from ..models.loading import CARD, Model
 from ..option_fields import flag
-from ..options import FULL, CompressOptions
+from ..options import FULL, NO_FILL, CompressOptions, name_units
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ INHERITED = ("license", "license_name", "license_link", "language")  # from the 
 
 # Of the Hub's relations (finetune, adapter, merge, quantized), this one fits changed weights in plain dtypes
 RELATION = "finetune"
-NAMES = {"mlp": "MLP"}  # kinds of site, in prose
 
 # Side files, the class that loads them, and a variable name
 LOADERS = {
@@ -54,7 +54,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
         base=Path(source.label).name,
         model=source.label,
-        shares=" and ".join(f"{share:.0%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe)),
+        shares=" and ".join(f"{share:.0%} of the {name_units(kind)}" for kind, share in _shares(recipe)),
         warnings=recipe["warnings"],
         healing=_describe_healing(recipe),
         summary=_summarize(recipe),
@@ -185,23 +185,29 @@ def _name_calibration(recipe: Mapping[str, Any]) -> str:
 
 def _summarize(recipe: Mapping[str, Any]) -> str:
     options = recipe["options"]
-    cut = " and ".join(f"{share:.1%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe))
-    fills = "/".join(sorted(set(recipe["fills"].values())))
-    refit = " The kept weights were refitted by least squares to compensate." if options["refit"] else ""
+    cut = " and ".join(f"{share:.1%} of the {name_units(kind)}" for kind, share in _shares(recipe))
+    fills = "/".join(sorted({*recipe["fills"].values()} - {NO_FILL}))
+    replaced = (
+        f"Each was replaced by a constant, its {fills} activation over {_name_calibration(recipe)}. The constants "
+        "were folded into the bias of the output projection."
+        if fills
+        else ""
+    )
+    if NO_FILL in recipe["fills"].values():
+        replaced = f"{replaced} The router of every block chooses among the experts that are left.".strip()
+    refit = " The kept weights were refitted by least squares to compensate." if recipe["refits"] else ""
     checked = (
         ""
         if "healing" in recipe
         else (
-            "It was compared with the original whose neurons are held at these constants "
+            "It was compared with the original in which what was pruned is held "
             f"({len(recipe['verification'])} checks, all passed)."
         )
     )
     shape = " (set to zero in place: all shapes are the original's, and nothing is saved)" * options["keep_shape"]
     return (
         f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned, the same number in every "
-        f"block{shape}. Each was replaced by a constant, its {fills} activation over {_name_calibration(recipe)}. The "
-        f"constants were folded into the bias of the output projection.{refit} The result loads with stock "
-        f"transformers. {checked}"
+        f"block{shape}. {replaced}{refit} The result loads with stock transformers. {checked}"
     )
 
 
@@ -261,19 +267,27 @@ def _draw(path: Path, recipe: Mapping[str, Any]) -> bool:
     figure = Figure(figsize=(9, 2.8 * len(kinds)), dpi=100, layout="constrained")
     for row, kind in enumerate(kinds):
         sites = [(name, site) for name, site in recipe["sites"].items() if site["kind"] == kind]
-        blocks = [site["block"] for _, site in sites]
+        blocks = sorted({site["block"] for _, site in sites})
+
+        def by_block(values: Mapping[str, float], sites: Sequence[tuple[str, Any]] = sites) -> list[float]:
+            """The mean over the sites of every block."""
+            found: dict[int, list[float]] = {}
+            for name, site in sites:
+                found.setdefault(site["block"], []).append(values[name])
+            return [fmean(found[block]) for block in sorted(found)]
+
         widths, errors = (figure.add_subplot(len(kinds), 2, 2 * row + column) for column in (1, 2))
-        kept = [site["kept"] for _, site in sites]
+        kept = by_block({name: site["kept"] for name, site in sites})
         widths.bar(blocks, kept, color="#2a6f97", label="kept")
-        cut = [site["neurons"] - site["kept"] for _, site in sites]
+        cut = by_block({name: site["neurons"] - site["kept"] for name, site in sites})
         widths.bar(blocks, cut, bottom=kept, color="#e0a458", label="pruned")
-        widths.set(title=f"{NAMES.get(kind, kind)}: neurons", xlabel="block")
-        lost = [site["lost"] for _, site in sites]
+        widths.set(title=f"{name_units(kind)}, at every site", xlabel="block")
+        lost = by_block({name: site["lost"] for name, site in sites})
         errors.bar(blocks, lost, color="#e0a458", label="constants alone")
-        if recipe["refits"]:
-            left = [site["lost"] * recipe["refits"][name]["error"] for name, site in sites]
+        if all(name in recipe["refits"] for name, _ in sites):
+            left = by_block({name: site["lost"] * recipe["refits"][name]["error"] for name, site in sites})
             errors.bar(blocks, left, color="#2a6f97", label="after the refit")
-        errors.set(title=f"{NAMES.get(kind, kind)}: error, as a share", xlabel="block")
+        errors.set(title=f"{name_units(kind)}: error, as a share", xlabel="block")
         for axes in (widths, errors):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(loc="lower right", fontsize="small")

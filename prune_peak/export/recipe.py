@@ -46,8 +46,12 @@ def measure_size(model: Model, zeroed: Mapping[tuple[str, int], int]) -> Size:
     """The size of a model; `zeroed` neurons, by label and block of the site, do not count."""
     neurons: Counter[str] = Counter()
     cache = 0
-    kinds = prunable_kinds(model.meta_model, model.family)
-    for site in find_sites(model.meta_model, model.family, kinds, keep_shape=True):
+    in_place = prunable_kinds(model.meta_model, model.family)
+    others = [kind for kind in prunable_kinds(model.meta_model, model.family, keep_shape=False) if kind not in in_place]
+    for site in [
+        *find_sites(model.meta_model, model.family, in_place, keep_shape=True),
+        *find_sites(model.meta_model, model.family, others),
+    ]:
         neurons[site.label] += site.neurons - zeroed.get((site.label, site.block), 0)
         groups, _, head_dim = site.heads
         if head_dim > 1 and model.meta_model.can_generate():  # an attention

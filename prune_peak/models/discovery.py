@@ -18,7 +18,8 @@ from ..errors import PrunePeakError
 from .asking import Asked, NotDiscovered
 from .attention_discovery import changed_neurons, discover_attention, is_grouped
 from .config_keys import all_keys, read_key
-from .families import MLP, Family, blocks_path, find_blocks
+from .expert_discovery import find_experts
+from .families import MLP, Experts, Family, blocks_path, find_blocks
 from .miniature import build_miniature
 from .recording import is_streamable
 
@@ -41,8 +42,15 @@ def discover_family(model_class: type[PreTrainedModel], config: PreTrainedConfig
     return _families[key]
 
 
+def add_experts(family: Family, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Family:
+    """A family of the table, with the experts that some of its models have."""
+    if not any("expert" in key for key, _ in all_keys(config)):
+        return family
+    return replace(family, experts=discover_mlps(Asked(model_class, config))[2])
+
+
 def _discover(asked: Asked) -> Family:
-    blocks, mlps, left_whole = discover_mlps(asked)
+    blocks, mlps, experts, left_whole = discover_mlps(asked)
     attention, unseen = discover_attention(asked, blocks)
     outputs = [mlp.output_projection for mlp in mlps] + ([] if attention is None else [attention.output_projection])
     keys = asked.bias_keys(outputs)
@@ -58,8 +66,9 @@ def _discover(asked: Asked) -> Family:
     family = Family(
         asked.config.model_type,
         blocks,
-        mlps[0],
+        mlps[0] if mlps else None,
         other_mlps=tuple(mlps[1:]),
+        experts=experts,
         left_whole=left_whole,
         attention_unseen=unseen,
         discovered=True,
@@ -74,29 +83,38 @@ def _discover(asked: Asked) -> Family:
     return replace(family, attention=attention, attention_unseen=unseen, streamable=streamable)
 
 
-def discover_mlps(asked: Asked) -> tuple[str, list[MLP], dict[str, str]]:
-    """The path of the list of blocks, the MLPs that its blocks can have, and keys that are no widths of these, and why.
+def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[str, str]]:
+    """The path of the list of blocks, the MLPs and experts that its blocks can have, and keys that are no widths.
 
     Raises:
         PrunePeakError: there is none; the message says what was seen.
     """
     left_whole: dict[str, str] = {}
     found: dict[tuple[str, str], MLP] = {}  # by the path of the blocks and the output projection; the first key counts
+    experts: dict[str, Experts] = {}  # by the path of the blocks
     for key in _width_keys(asked.config):
         try:
-            for path, mlp in _describe(asked, key, _moved(asked, key)):
+            moved = _moved(asked, key)
+            stacked = find_experts(asked, key, moved)
+            if stacked is not None:
+                path, one, others = stacked
+                shared = _describe(asked, key, others) if others else []
+                experts.setdefault(path, replace(one, shared=tuple(mlp for _, mlp in shared)))
+                continue
+            for path, mlp in _describe(asked, key, moved):
                 found.setdefault((path, mlp.output_projection), mlp)
         except NotDiscovered as reason:
             if reason.args:
                 left_whole[key] = str(reason)
-    if not found:
+    if not found and not experts:
         raise PrunePeakError(
             f"{asked.model_class.__name__} has no MLP that can be pruned. "
             f"{'; '.join(map(': '.join, left_whole.items())) or 'No key of its config is a width'}."
         )
-    blocks, _ = next(iter(found))
+    blocks = next(iter([*experts, *(path for path, _ in found)]))
     left_whole |= {mlp.width_key: f"it belongs to {path}" for (path, _), mlp in found.items() if path != blocks}
-    return blocks, [mlp for (path, _), mlp in found.items() if path == blocks], left_whole
+    mlps = [mlp for (path, _), mlp in found.items() if path == blocks]
+    return blocks, mlps, experts.get(blocks), left_whole
 
 
 def _width_keys(config: PreTrainedConfig) -> Iterator[str]:

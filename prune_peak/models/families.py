@@ -24,6 +24,23 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The module inside one block that holds the weights of all experts, stacked, as transformers runs them."""
+
+    module: str  # its path in the block
+    inputs: Mapping[str, int]  # its parameters with one row for every neuron of an expert, and their axis
+    output: str  # the parameter of the output projections, (experts, hidden, neurons) or (experts, neurons, hidden)
+    width_key: str  # config key of the neurons of an expert
+    bias: str | None = None  # the parameter that absorbs the constants, (experts, hidden)
+    shared: tuple[MLP, ...] = ()  # MLPs for every token whose width is a multiple of an expert's
+    # tensors of the block with one index for every expert, and its axis; empty if no expert can be removed
+    router: Mapping[str, int] = field(default_factory=dict)
+    count_key: str = ""  # config keys: of the experts of a block, of those that a token is given, of their groups
+    chosen_key: str | None = None
+    groups_key: str | None = None
+
+
+@dataclass(frozen=True)
 class Attention:
     """Module names inside one block: query, key and value (equal if fused), and the output projection."""
 
@@ -48,12 +65,13 @@ class Family:
 
     model_type: str
     blocks: str  # path of the list of blocks in the base model
-    mlp: MLP
+    mlp: MLP | None = None
     attention: Attention | None = None
     output_classes: tuple[str, ...] = ()  # output classes if its own cannot represent the result, best first
     pooler: str | None = None  # path of an optional module after the blocks with an MLP like theirs
     ignored_tensors: tuple[str, ...] = ()  # patterns of published tensors that belong to another head
     other_mlps: tuple[MLP, ...] = ()  # more than one in a block, or another one in some blocks
+    experts: Experts | None = None
     left_whole: Mapping[str, str] = field(default_factory=dict)  # config keys that look like widths; why they are not
     attention_unseen: str = ""  # why no attention was found in the class
     streamable: bool = True  # its blocks can run one by one
@@ -62,7 +80,7 @@ class Family:
     @property
     def mlps(self) -> tuple[MLP, ...]:
         """All MLPs that a block can have."""
-        return (self.mlp, *self.other_mlps)
+        return () if self.mlp is None else (self.mlp, *self.other_mlps)
 
 
 def fused_attention(

@@ -40,7 +40,7 @@ from .config_checks import (
     refuse_code,
 )
 from .config_keys import image_size, vision_config
-from .discovery import discover_family
+from .discovery import add_experts, discover_family
 from .families import Family
 from .head_detection import detect_class
 from .miniature import IMAGES as IMAGES  # exported
@@ -143,7 +143,11 @@ class Model(ModelSpec):
         """Read a tensor by its name in the class."""
         name = self.tied.get(name, name)
         if name in self.merged:
-            return self.merged[name].make(self.checkpoint.read, self.meta_model)[name].contiguous()
+            kept: dict[str, Tensor] = vars(self).setdefault("_made", {})  # the last one: experts read it one by one
+            if name not in kept:
+                kept.clear()
+                kept[name] = self.merged[name].make(self.checkpoint.read, self.meta_model)[name].contiguous()
+            return kept[name]
         return self.checkpoint.read(self.names[name])
 
     def read_ahead(self, names: Iterable[str]) -> None:
@@ -295,7 +299,7 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
             raise TypeError(f"dtype {raw.get('dtype', raw.get('torch_dtype'))!r}")
         weights = Checkpoint(folder) if not raw.get("architectures") and has_weights(folder) else None
         model_class = find_class(config, raw.get("architectures") or [detect_class(config, weights)])
-        family = family or discover_family(model_class, config)
+        family = discover_family(model_class, config) if family is None else add_experts(family, model_class, config)
         spec = ModelSpec(name, commit, folder, family, config, model_class)
         meta_model = spec.meta_model  # raises for shapes that the class rejects
     except PrunePeakError:

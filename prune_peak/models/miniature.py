@@ -18,6 +18,7 @@ POSITIONS = re.compile(r"position|n_ctx|n_positions|seq_len|context_length")
 HEADS = re.compile(r"(heads?|num_kv|kv_groups|query_groups)$|(^|_)(n|num)_[a-z_]*heads?$")
 KV = re.compile(r"kv|key_value|group")
 EXPERTS = re.compile(r"experts?$|num_experts|n_routed")
+DENSE = re.compile(r"dense_replace|dense_layers|moe_layer_start")  # blocks before the first one with experts
 GROUPS = re.compile(r"n_groups?$|topk_groups?$|num_expert_groups?$")
 CHOSEN = re.compile(r"experts_per_tok|top_?k|moe_k$|num_selected|experts_per_token")
 HEAD_WIDTH = re.compile(r"head_dim|head_size|d_kv$|kv_channels|rotary_dim|head_width|d_head$")
@@ -56,6 +57,8 @@ def _shrunk(key: str, value: Any, heads: int, width: int, blocks: int, before: s
         return value[:blocks]
     if type(value) is not int:
         return value
+    if DENSE.search(key):
+        return min(value, 1)
     if LAYERS.search(key) and "encoder_blocks" not in key:  # the number of stages
         return min(value, blocks)
     if VOCABULARY.search(key):
@@ -69,14 +72,14 @@ def _shrunk(key: str, value: Any, heads: int, width: int, blocks: int, before: s
     if CHOSEN.search(key):
         return min(value, 2)
     if EXPERTS.search(key):
-        return min(value, 4)
+        return min(value, 8)
     if HEAD_WIDTH.search(key):
         return max(value // width, 4) if value > 4 else value
     if HEADS.search(key):
         return max(value // heads, min(value, 2 if KV.search(key) else 4))
     if WIDTH.search(key) and not NOT_WIDTH.search(key) and value >= 16:
         small = max(value // (heads * width), 4)
-        return small // 4 * 4 if INNER.search(key) else small  # kernels of experts take rows of 16 bytes
+        return max(small // 8, 2) * 8 if INNER.search(key) else small  # kernels of experts take rows of 16 bytes
     return min(value, MOST_VALUE)
 
 

@@ -53,6 +53,8 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
         }
         return count_parameters(choose_conversion(spec, sites, widths, spec.dtype, output_class).meta_model)
 
+    if len(first) > 1 and {*first} & {"experts", "expert-mlp"}:
+        raise UsageError("a size target prunes experts as one kind alone. Pass --ratio with a share for every kind.")
     *others, last = first
     choices = [[(kind, width) for width in _spread(first[kind].neurons, steps[kind])] for kind in others]
     widths = range(steps[last], first[last].neurons + 1, steps[last])

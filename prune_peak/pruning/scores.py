@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..options import DEVIATION, ELIMINATION, FILLS, RANDOM, SCORES
+from ..errors import UsageError
+from ..options import DEVIATION, ELIMINATION, FILLS, FREQUENCY, RANDOM, REAP, SCORES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +81,18 @@ def score_weight_norm(neurons: Candidates) -> "Tensor":
     return _norms(neurons.weight)
 
 
+@register(REAP)
+def score_reap(neurons: Candidates) -> "Tensor":
+    """REAP's criterion, of whole experts: the mean of weight times norm of the output, over the tokens it serves."""
+    raise _for_experts(REAP)
+
+
+@register(FREQUENCY)
+def score_frequency(neurons: Candidates) -> "Tensor":
+    """The number of tokens that an expert serves."""
+    raise _for_experts(FREQUENCY)
+
+
 @register(RANDOM)
 def score_random(neurons: Candidates) -> "Tensor":
     """A random order."""
@@ -92,6 +105,10 @@ def rank_neurons(score: str, site: "Site", weight: "Tensor", summary: "Summary",
     """The scores of the single neurons of a site, (neurons,)."""
     values: Tensor = SCORES[score](Candidates(site, weight, summary, FILLS[fill](summary).float()))
     return values
+
+
+def _for_experts(score: str) -> UsageError:
+    return UsageError(f"--score {score} ranks whole experts. Pass --sites experts, or choose another --score.")
 
 
 def _norms(weight: "Tensor") -> "Tensor":

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..errors import PrunePeakError, brief
 from ..models.loading import Model
-from ..options import AUTO, DEVIATION, ELIMINATION, FILLS, SCORES, PruningOptions
+from ..options import AUTO, DEVIATION, ELIMINATION, FILLS, FREQUENCY, NO_FILL, RANDOM, REAP, SCORES, PruningOptions
 from ..sites.plan import SitePlan, SiteResult
 from ..sites.site import Site
 from ..stats.collection import SiteStats
 from ..stats.covariance import Moments
+from ..stats.expert_use import UseSummary
 from ..stats.histogram import Summary
 from .refit import output_error, refit_best
 from .scores import Candidates, score_deviation
@@ -35,6 +36,8 @@ def plan_site(source: Model, stats: SiteStats, kept: int, options: PruningOption
 
 
 def _plan(source: Model, stats: SiteStats, kept: int, options: PruningOptions) -> SiteResult:
+    if stats.use is not None:
+        return _plan_experts(stats.site, stats.use, kept, options)
     site, summary = stats.site, stats.stats.summarize()
     weight, bias = site.read_projection(source)
     second_order = None if stats.accumulator is None else stats.accumulator.second_order()
@@ -67,6 +70,21 @@ def _plan(source: Model, stats: SiteStats, kept: int, options: PruningOptions) -
         site, result.plan, [(moments.mean, moments.covariance) for moments in stats.outputs]
     )
     return replace(result, plan=completed, scores_lost=scores_lost)
+
+
+def _plan_experts(site: Site, use: UseSummary, kept: int, options: PruningOptions) -> SiteResult:
+    """The experts to keep; nothing is folded or refitted."""
+    score = options.score
+    assert score is not None
+    if score not in (REAP, FREQUENCY, RANDOM):
+        score = ELIMINATION if use.stay is not None else REAP
+    drawn = torch.rand(site.neurons, generator=torch.Generator().manual_seed(options.seed + site.block))
+    scores = {REAP: use.norm, FREQUENCY: use.served.double(), RANDOM: drawn, ELIMINATION: use.stay}[score]
+    assert scores is not None
+    keep = keep_best(site, scores, kept)
+    total = use.norm * use.served
+    lost = 1 - float(total[keep].sum() / total.sum().clamp_min(1e-300))
+    return SiteResult(SitePlan(keep, torch.zeros(site.neurons)), NO_FILL, lost, score=score)
 
 
 def select(

@@ -8,18 +8,28 @@ from ..errors import PrunePeakError, UsageError
 from ..models.families import Family, blocks_path, find_blocks
 from ..options import HEAD
 from .attention import Attention
+from .expert_mlp import ExpertMlp
+from .experts import Experts
 from .in_place import InPlaceAttention, InPlaceMlp
 from .low_rank import NarrowHeads
 from .mlp import Mlp
 from .site import Site, SiteKind
 
 # In the order that a block computes them
-SITE_KINDS: list[SiteKind] = [Attention(), NarrowHeads(), InPlaceAttention(), Mlp(), InPlaceMlp()]
+SITE_KINDS: list[SiteKind] = [
+    Attention(),
+    NarrowHeads(),
+    InPlaceAttention(),
+    Mlp(),
+    InPlaceMlp(),
+    ExpertMlp(),
+    Experts(),
+]
 
 
-def labels() -> list[str]:
-    """The names of what can be pruned: mlp, attention."""
-    return sorted({kind.label for kind in SITE_KINDS}, reverse=True)
+def labels(family: Family | None = None) -> list[str]:
+    """The names of what can be pruned, in any model or in those of a family: mlp, experts, expert-mlp, attention."""
+    return sorted({kind.label for kind in SITE_KINDS if family is None or kind.exists_in(family)}, reverse=True)
 
 
 def find_sites(
@@ -44,6 +54,8 @@ def find_sites(
         if label not in labels():
             raise UsageError(f"--sites {label}: expected {', '.join(labels())}, or several with commas.")
     kinds = [kind for kind in SITE_KINDS if kind.label in wanted and kind.applies(unit, keep_shape)]
+    if keep_shape and (lost := set(wanted) - {kind.label for kind in kinds}):
+        raise UsageError(f"--keep-shape cannot fold {', '.join(sorted(lost))} in place. Remove --keep-shape.")
     for kind in kinds:
         kind.check(model, family)
     path, blocks = blocks_path(model, family), len(find_blocks(model, family))

@@ -41,6 +41,16 @@ def ablated(model: nn.Module, sites: Sequence[Holdable], plan: Mapping[str, Site
 
 
 @contextmanager
+def observed(projection: nn.Module, callback: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the context, `callback` is called with each input of an output projection, (..., neurons)."""
+    handle = projection.register_forward_pre_hook(lambda _, args: callback(args[0].cpu()))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def held(projection: nn.Module, plan: SitePlan) -> Iterator[None]:
     """Within the context, an output projection reads the fills of the pruned neurons.
 

@@ -22,6 +22,11 @@ class Mlp(SiteKind):
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
         blocks = find_blocks(model, family)
+        if family.mlp is None:
+            raise PrunePeakError(
+                f"every MLP of this {family.model_type} is an expert. Make its experts narrower (--sites expert-mlp), "
+                "or remove whole experts (--sites experts)."
+            )
         if not any(has_module(block, mlp.output_projection) for mlp in family.mlps for block in blocks):
             raise PrunePeakError(
                 f"this {family.model_type} has no {family.mlp.output_projection} in its blocks: its MLP is of a kind "
@@ -30,12 +35,13 @@ class Mlp(SiteKind):
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
         return [
-            self._find(model, mlp, block, index)
+            self.find_one(model, mlp, block, index)
             for mlp in family.mlps
             if all(has_module(model, f"{block}.{name}") for name in (*mlp.input_projections, mlp.output_projection))
         ]
 
-    def _find(self, model: PreTrainedModel, mlp: MLP, block: str, index: int) -> Site:
+    def find_one(self, model: PreTrainedModel, mlp: MLP, block: str, index: int) -> Site:
+        """The site of one MLP of a block."""
         name = f"{block}.{mlp.output_projection}"
         neurons, _, _ = measure_projection(model, name)
         slices: dict[str, Slice] = {}

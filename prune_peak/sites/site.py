@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,7 +17,7 @@ from ..errors import PrunePeakError
 from ..models.families import Family
 from ..models.loading import Model
 from .folding import cut, fold
-from .hooks import held
+from .hooks import held, observed
 from .plan import SitePlan
 
 ConfigValue = int | float | list[Any] | tuple[Any, ...]
@@ -56,6 +56,7 @@ class Site:
     scaled_keys: frozenset[str] = frozenset()  # those of them that scale with the neurons
     heads: tuple[int, int, int] = (1, 1, 1)  # KV groups, heads per group, neurons per head
     observed_outputs: tuple[str, ...] = ()  # modules whose outputs are measured, besides the neurons
+    served: float = 1.0  # the share of the tokens that it reads
 
     @property
     def label(self) -> str:
@@ -79,9 +80,18 @@ class Site:
         bias = model.read(self.bias) if self.bias in model.names else None
         return self.as_matrix(model.read(self.weight)), bias
 
+    def read_constants(self, model: Model) -> Tensor:
+        """The bias, (hidden,), that takes the constants in a written model."""
+        assert self.folded_into is not None
+        return model.read(self.folded_into)
+
     def hold(self, model: nn.Module, plan: SitePlan) -> AbstractContextManager[Any]:
         """Within the context, the original computes what the pruned checkpoint must compute."""
         return self.kind.hold(model, self, plan)
+
+    def observe(self, model: nn.Module, callback: Callable[..., None]) -> AbstractContextManager[Any]:
+        """Within the context, `callback` is called with the neurons of every batch, (..., neurons)."""
+        return self.kind.observe(model, self, callback)
 
     def rows(self, name: str, keep: Tensor, size: int) -> Tensor:
         """The kept indices of a tensor along its axis of `size`.
@@ -105,10 +115,15 @@ class SiteKind(ABC):
 
     label: ClassVar[str]
     deletes: ClassVar[bool] = True  # otherwise weights become zero, and nothing is saved
+    holds_constants: ClassVar[bool] = True  # otherwise what leaves is not replaced by constants
 
     def applies(self, unit: str, keep_shape: bool) -> bool:
         """Whether this kind prunes its part of a model under these options."""
         return not keep_shape
+
+    def exists_in(self, family: Family) -> bool:
+        """Whether the models of a family have such sites, prunable or not."""
+        return True
 
     def check(self, model: PreTrainedModel, family: Family) -> None:  # noqa: B027 - most kinds refuse nothing
         """Refuse a model whose sites of this kind cannot be pruned.
@@ -167,6 +182,14 @@ class SiteKind(ABC):
         """Whether a plan from a file has the parts that this kind needs."""
         return plan.low_rank is None
 
+    def prune_together(
+        self, tensors: Mapping[str, Tensor], sites: Sequence[Site], plans: Mapping[str, SitePlan]
+    ) -> Tensors:
+        """The tensors of a block with all its sites of this kind pruned."""
+        for site in sites:
+            tensors = self.prune(tensors, site, plans[site.name])
+        return dict(tensors)
+
     def prune(self, tensors: Mapping[str, Tensor], site: Site, plan: SitePlan) -> Tensors:
         """The tensors of a block, pruned. What changes is float32."""
         pruned = dict(tensors)
@@ -199,6 +222,10 @@ class SiteKind(ABC):
     def hold(self, model: nn.Module, site: Site, plan: SitePlan) -> AbstractContextManager[Any]:
         """Within the context, the original computes what the pruned checkpoint must compute."""
         return held(model.get_submodule(site.name), plan)
+
+    def observe(self, model: nn.Module, site: Site, callback: Callable[..., None]) -> AbstractContextManager[Any]:
+        """Within the context, `callback` is called with the neurons of every batch, (..., neurons)."""
+        return observed(model.get_submodule(site.name), callback)
 
 
 def scale(value: ConfigValue, kept: int, neurons: int) -> ConfigValue:

@@ -47,6 +47,9 @@ def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
     # where heads can become narrower, that needs covariances of queries and keys
     unit = {"unit": NEURON} if covariances and attention and attention.head_dim_prunable else {"keep_shape": True}
     sites = find_sites(source.meta_model, source.family, kinds, **unit)
+    others = set(prunable_kinds(source.meta_model, source.family, keep_shape=False)) - set(kinds)  # of experts
+    sites += find_sites(source.meta_model, source.family, sorted(others))
+    sites.sort(key=lambda site: site.block)
     execution = plan_execution(
         source, estimate_workload(source, sites, given, covariances), given.max_memory, given.device
     )

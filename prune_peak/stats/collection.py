@@ -1,14 +1,14 @@
 """Statistics of a model's sites over batches of calibration, block by block."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data.windows import into_batches
@@ -18,9 +18,12 @@ from ..models.loading import IMAGES, Model, open_model
 from ..models.stream import Batch, Step, Stream
 from ..models.streaming import BlockRun
 from ..models.whole import open_stream
+from ..sites.experts import ExpertsSite
+from ..sites.routing import RoutingSample
 from ..sites.site import Site
 from .covariance import ActivationBuffer, GramAccumulator, Moments, SplitGram
 from .distributed import ALONE, ProcessGroup, current
+from .expert_use import ExpertUse, UseSummary
 from .histogram import Stats
 
 
@@ -33,6 +36,7 @@ class SiteStats:
     accumulator: SplitGram | ActivationBuffer | None = None  # for the refit
     power: float | None = None  # for the refit: squared norm of a hidden state after the block, median over tokens
     outputs: tuple[Moments, ...] = ()  # of the observed outputs of the site
+    use: UseSummary | None = None  # of whole experts
 
 
 class Observer:
@@ -45,8 +49,13 @@ class Observer:
     def start_batch(self, number: int) -> None:
         """Called before each batch runs."""
 
-    def add(self, neurons: Tensor) -> None:
-        """Called with each input of the output projection, (..., neurons)."""
+    def add(self, neurons: Tensor, *, tokens: Tensor | None = None, sample: RoutingSample | None = None) -> None:
+        """Called with each input of the output projection, (..., neurons).
+
+        Args:
+            tokens: that it reads, if it reads only some.
+            sample: of whole experts.
+        """
         raise NotImplementedError
 
     def add_output(self, name: str, output: Tensor) -> None:
@@ -57,16 +66,6 @@ class Observer:
 
 
 AnyObserver = TypeVar("AnyObserver", bound=Observer)
-
-
-@contextmanager
-def observe_inputs(output_projection: nn.Module, callback: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `callback` with each input of an output projection, (..., neurons)."""
-    handle = output_projection.register_forward_pre_hook(lambda _, args: callback(args[0].cpu()))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def observe_blocks(
@@ -88,7 +87,7 @@ def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[in
     """Run the batches with hooks on the observers' sites, then combine and check the statistics."""
     with ExitStack() as hooks:
         for observer in observers:
-            hooks.enter_context(observe_inputs(stream.model.get_submodule(observer.site.name), observer.add))
+            hooks.enter_context(observer.site.observe(stream.model, observer.add))
             for name in observer.site.observed_outputs:
                 module, add = stream.model.get_submodule(name), partial(observer.add_output, name)
                 handle = module.register_forward_hook(lambda _, args, output, add=add: add(output.cpu()))
@@ -120,7 +119,8 @@ class SiteObserver(Observer):
         self.accumulator: SplitGram | ActivationBuffer | None = None
         self.outputs: dict[str, GramAccumulator] = {}  # of queries and keys
         self._has_few_tokens = sum(tokens) < site.neurons
-        self._for_refit = for_refit
+        self.use = ExpertUse(site.neurons, site.groups) if isinstance(site, ExpertsSite) else None
+        self._for_refit = for_refit and self.use is None
         self._group, self._masks = group, masks
         self._mask: Tensor | None = None  # of the batch that runs
 
@@ -133,26 +133,30 @@ class SiteObserver(Observer):
             self.outputs[name] = GramAccumulator(self._group.broadcast(flat.float().mean(0)))
         self.outputs[name].add(flat)
 
-    def add(self, neurons: Tensor) -> None:
+    def add(self, neurons: Tensor, *, tokens: Tensor | None = None, sample: RoutingSample | None = None) -> None:
         flat = neurons.reshape(-1, self.site.neurons)
-        if self._mask is not None and len(flat) == self._mask.numel():
-            flat = flat[self._mask.bool().view(-1)]
+        if self._mask is not None and (tokens is not None or len(flat) == self._mask.numel()):
+            counts = self._mask.bool().view(-1)
+            flat = flat[counts if tokens is None else counts[tokens]]
         if self.stats.count == 0:
             self.stats.begin(flat, self._group)
         self.stats.add(flat)
+        if self.use is not None:
+            self.use.add(flat, sample)
         if self._for_refit:
             if self.accumulator is None:
                 self.accumulator = ActivationBuffer() if self._has_few_tokens else SplitGram(self.stats.pivot)
             self.accumulator.add(flat)
 
     def reduce(self) -> None:
-        for part in (self.stats, self.accumulator, *self.outputs.values()):
+        for part in (self.stats, self.accumulator, self.use, *self.outputs.values()):
             if part is not None:
                 part.reduce(self._group)
 
     def site_stats(self, power: float | None = None) -> SiteStats:
         moments = tuple(self.outputs[name].moments() for name in self.site.observed_outputs)
-        return SiteStats(self.site, self.stats, self.accumulator, power, moments)
+        use = None if self.use is None else self.use.summarize()
+        return SiteStats(self.site, self.stats, self.accumulator, power, moments, use)
 
 
 def collect(
@@ -184,7 +188,8 @@ def collect(
     stream = open_stream(source, batches, dtype, execution)
 
     def create(site: Site, step: Step) -> SiteObserver:
-        return SiteObserver(site, group.gather(sum(step.rows(site.name, masks))), for_refit, group, masks)
+        rows = group.gather(sum(step.rows(site.name, masks)))
+        return SiteObserver(site, [round(site.served * count) for count in rows], for_refit, group, masks)
 
     power = None
     for step, observers in observe_blocks(stream, sites, create, "calibrate"):

@@ -24,9 +24,11 @@ from ..memory import Workload, estimate_workload
 from ..models.execution import DTYPES
 from ..models.loading import Model
 from ..options import CalibrationOptions
+from ..sites.experts import ExpertsSite
 from ..sites.site import Site
 from .collection import SiteStats
 from .covariance import ActivationBuffer, Moments, SplitGram
+from .expert_use import read_use
 from .histogram import Stats
 
 STATISTICS = "prune_peak_statistics"  # metadata key that marks a statistics file
@@ -80,8 +82,9 @@ class Statistics:
             parts.setdefault(part, {})[field] = value
         try:
             stats = Stats.from_tensors(parts["stats"])
-            if not self.has_covariances:
-                return SiteStats(site, stats)
+            use = read_use(parts["use"], site.neurons) if isinstance(site, ExpertsSite) else None
+            if use is not None or not self.has_covariances:
+                return SiteStats(site, stats, use=use)
             kind = SplitGram if GROUPS[SplitGram] in parts else ActivationBuffer
             accumulator = kind.from_tensors(parts[GROUPS[kind]], site.neurons)
             power = parts["power"]["median"].item()
@@ -124,6 +127,8 @@ def write_statistics(
 
 def _to_tensors(measured: SiteStats) -> dict[str, Tensor]:
     parts: dict[str, Mapping[str, Tensor]] = {"stats": measured.stats.to_tensors()}
+    if measured.use is not None:
+        parts["use"] = {name: value for name, value in vars(measured.use).items() if value is not None}
     if measured.accumulator is not None:
         parts[GROUPS[type(measured.accumulator)]] = measured.accumulator.to_tensors()
         parts["power"] = {"median": torch.tensor(measured.power, dtype=torch.float64)}

@@ -141,7 +141,7 @@ class DistributionObserver(Observer):
     def start_batch(self, number: int) -> None:
         self._batch = number
 
-    def add(self, neurons: Tensor) -> None:
+    def add(self, neurons: Tensor, **_: Any) -> None:
         # OPT joins the tokens of all windows in one dimension
         by_window = neurons.reshape(self._windows[self._batch], -1, self.site.neurons)
         self.first.add(by_window[:, 0])
