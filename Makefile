@@ -64,7 +64,7 @@ zoo: .venv/ready  ## try every model type of transformers, for docs/models.md: t
 bench: .venv/ready  ## measure the costs in docs/performance.md, as JSON in bench-output: two to three hours on an idle machine
 	$(BIN)/python bench/all.py
 
-docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the runs in docs/healing.md and docs/models.md and the map in CONTRIBUTING.md
+docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the tables of README and docs, and the map in CONTRIBUTING.md
 	$(BIN)/pytest tests/test_site_kinds.py tests/test_structure.py tests/test_options.py tests/test_docs.py --write-docs
 
 format: .venv/ready  ## format, and fix what lint can fix

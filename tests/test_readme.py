@@ -77,4 +77,4 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len(README.split()) <= MOST_WORDS
+    assert len(re.sub(r"<!--.*?-->", "", README).split()) <= MOST_WORDS
