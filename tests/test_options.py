@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shlex
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from prune_peak.conversion.classes import OUTPUT_CLASSES, register
 from prune_peak.errors import UsageError
 from prune_peak.export.card import reproduce
 from prune_peak.models.families import FAMILIES, Family
-from prune_peak.option_fields import Options, flag
+from prune_peak.option_fields import Options, flag, spell
 from prune_peak.options import (
     FILLS,
     FORMATS,
@@ -261,6 +262,15 @@ def test_invalid_values(kind: type[Options], values: dict[str, Any], message: st
 def test_one_value_for_several() -> None:
     assert AblateOptions(fraction=0.3).fraction == (0.3,)  # type: ignore[arg-type]
     assert AblateOptions(calibration="a.txt").calibration == ("a.txt",)  # type: ignore[arg-type]
+
+
+def test_options_are_spelled_as_they_were_given() -> None:
+    given = AblateOptions(
+        fill=("peak", "mean"), sites=("mlp",), fraction=(0.3,), data=("my text.txt",), seeds=1, force=True
+    )
+    context = main.commands["ablate"].make_context("ablate", ["MODEL", *shlex.split(spell(given))])
+    values = {item.name: context.params[item.name] for item in fields(AblateOptions)}
+    assert AblateOptions(**values) == given
 
 
 def test_several_data_sets_need_their_samples(tmp_path: Path, text: Path) -> None:

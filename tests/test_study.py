@@ -1,5 +1,6 @@
 """The study measures what it says: its hooks are the law's, its errors are right, and a stopped one goes on."""
 
+import base64
 import csv
 import json
 from pathlib import Path
@@ -329,6 +330,12 @@ def test_the_command_prints_the_table_and_draws(study_text: str, tmp_path: Path)
     assert [row["fraction"] for row in json.loads(answer.stdout)] == [0.0, 0.3, 0.0, 0.3]
     picture = (tmp_path / "study" / "degradation.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+    page = (tmp_path / "study" / "report.html").read_text()
+    [cost] = [row["area"] for row in json.loads((tmp_path / "study" / "areas.json").read_text())
+              if (row["site"], row["metric"]) == ("mlp", CROSS_ENTROPY)]  # fmt: skip
+    assert f"peak costs least ({cost:.3f} nats)" in page
+    assert base64.b64encode(picture).decode() in page
+    assert f"prune-peak ablate {LLAMA} --sequence-length 32 --calibration {study_text}" in page
     told = CliRunner().invoke(main, arguments)
     assert told.exit_code == 0
     assert "Area under the curve, increase of cross-entropy in nats" in told.stdout
