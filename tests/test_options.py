@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def describe_function(name: str) -> str:
             lines.append(f"- `{match[1]}`: {match[2]}".replace("<", "&lt;"))
         else:
             lines.append(re.sub(r" +# doctest.*", "", line))
-    return f"## {name}\n\n```\nprune_peak.{name}{short}\n```\n\n" + "\n".join(lines) + "\n"
+    call = textwrap.fill(f"prune_peak.{name}{short}", 90, subsequent_indent="    ", break_on_hyphens=False)
+    return f"## {name}\n\n```\n{call}\n```\n\n" + "\n".join(lines) + "\n"
 
 
 def describe_python() -> str:
