@@ -104,9 +104,8 @@ def _talk(answers: Sequence[Talk]) -> Iterator[Section]:
     how = "through the chat template" if first.template else "continued as text: there is no chat template"
     yield Section(
         "Talk",
-        f"Greedy answers of up to {first.longest} tokens, prompts {how}. Early ends hide loops. KL in "
-        "nats per token, along "
-        "the first model's answers.",
+        f"Greedy answers of up to {first.longest} tokens, prompts {how}. Early ends hide loops. KL in nats per token, "
+        "along the first model's answers.",
         rows=[
             {
                 "model": talk.model,

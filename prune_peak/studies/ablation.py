@@ -102,7 +102,7 @@ def ablate(model: str, output: str | Path | None = None, **options: Any) -> Stud
         comparisons=list(_comparison_rows(name, curves)),
         curves=curves,
     )
-    _write(study, name, f"prune-peak ablate {quote(model)} {spell(given)}")
+    _write(study, name, f"prune-peak ablate {quote(str(model))} {spell(given)}")
     return study
 
 
@@ -143,7 +143,11 @@ def conclude(study: Study) -> str:
     for site in dict.fromkeys(row["site"] for row in study.areas):
         costs = {r["fill"]: r["area"] for r in study.areas if (r["site"], r["metric"]) == (site, CROSS_ENTROPY)}
         best, worst = min(costs, key=lambda fill: costs[fill]), max(costs, key=lambda fill: costs[fill])
-        told = any(r["significant"] for r in study.comparisons if (r["site"], r["metric"]) == (site, CROSS_ENTROPY))
+        if len(costs) == 1:
+            parts.append(f"in {site} neurons, {best} costs {costs[best]:.3f} nats")
+            continue
+        pair = [r for r in study.comparisons if r["site"] == site and {r["fill"], r["other"]} == {best, worst}]
+        told = any(r["significant"] for r in pair if r["metric"] == CROSS_ENTROPY)
         part = f"in {site} neurons, {best} costs least ({costs[best]:.3f} nats) and {worst} most ({costs[worst]:.3f})"
         parts.append(part + ("" if told else ", which the errors do not tell apart"))
     text = "; ".join(parts)

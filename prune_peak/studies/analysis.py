@@ -117,7 +117,7 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
     rows = [{"text": text} | row for text, found in measured.items() for each in found for row in describe(each)]
     stability = [row for (one, other), each in drifts.items() for row in _drift_rows(one, other, each)]
     analysis = Analysis(folder, protocol, rows, stability, cross)
-    command = f"prune-peak analyze {quote(model)} {spell(given)}"
+    command = f"prune-peak analyze {quote(str(model))} {spell(given)}"
     _write(analysis, measured[next(iter(splits))], drifts, chosen, command)
     return analysis
 
