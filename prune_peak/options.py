@@ -277,6 +277,16 @@ class EvaluateCommand(EvaluateOptions):
     tasks: tuple[str, ...] | None = option(
         None, "Tasks of lm-evaluation-harness, or YAML files that define some.", parse="names"
     )
+    report: str | Path | None = option(
+        None, "HTML page to write: the tables, and the answers of --talk side by side.", parse="file"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.data or self.latency or self.talk or self.prompts or self.tasks):
+            raise UsageError("nothing to measure; pass --data DATA, --talk, --latency or --tasks NAME,....")
+        if self.report is not None and (Path(self.report).exists() or not Path(self.report).parent.is_dir()):
+            raise UsageError(f"--report {self.report}: expected a file that does not exist, in a folder that does.")
 
 
 @dataclass(frozen=True, kw_only=True)

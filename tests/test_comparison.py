@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from browser import CHROMIUM, look
 from click.testing import CliRunner, Result
 from conftest import EXAMPLES
 from tiny import BY_NAME
@@ -129,6 +131,33 @@ def test_an_image_model() -> None:
     assert 80 < accuracy <= 100
     assert "Image accuracy on held-out: " in done.stdout
     assert done.stdout.count("p = 1.0000") == 2
+
+
+def test_the_page_shows_answers_side_by_side(text: Path, tmp_path: Path) -> None:
+    """Also of two folders of one name; what is written is shown as text, whatever it says."""
+    page, prompts = tmp_path / "page.html", tmp_path / "prompts.txt"
+    prompts.write_text("What is <b>bold</b>?\n")
+    folder = EXAMPLES / "llama-mini"
+    words = (folder, folder, "--data", text, "--windows", 2, "--sequence-length", 32, "--prompts", prompts)
+    done = run(*words, "--report", page)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.endswith(f"Written to {page}.\n")
+    shown = page.read_text()
+    [conclusion] = re.findall(r'<p class="conclusion">(.*?)</p>', shown)
+    assert re.fullmatch(
+        r"llama-mini, beside llama-mini: \+0\.0% parameters, perplexity .*, \d of 1 answers .*", conclusion
+    )
+    assert "llama-mini (1)</th>" in shown
+    assert "llama-mini (2)</th>" in shown
+    assert "What is &lt;b&gt;bold&lt;/b&gt;?</td>" in shown
+    assert f"--prompts {prompts}" in shown
+    if CHROMIUM is not None:
+        seen = look(page, 500)
+        assert seen["wide"] <= 0 == seen["entries"]
+        assert seen["title"] == "llama-mini and llama-mini"
+    again = run(*words, "--report", page)
+    assert again.exit_code == 2
+    assert f"--report {page}: expected a file that does not exist" in again.stderr
 
 
 REFUSED = {

@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import re
+import shlex
+import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,14 @@ from prune_peak.conversion.classes import OUTPUT_CLASSES, register
 from prune_peak.errors import UsageError
 from prune_peak.export.card import reproduce
 from prune_peak.models.families import FAMILIES, Family
-from prune_peak.option_fields import Options, flag
+from prune_peak.option_fields import Options, flag, spell
 from prune_peak.options import (
     FILLS,
     FORMATS,
     SCORES,
     CalibrationOptions,
     CompressOptions,
+    VerifyOptions,
 )
 from prune_peak.pruning import scores
 from prune_peak.pruning.scores import Candidates
@@ -78,6 +82,40 @@ def test_command_reference(request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--write-docs"):
         DOCS.write_text(describe_commands())
     assert DOCS.read_text() == describe_commands(), "run `make docs-generated`"
+
+
+def describe_function(name: str) -> str:
+    """The signature without types, and the docstring with its sections as headings and lists."""
+    function = getattr(prune_peak, name)
+    signature = inspect.signature(function)
+    shown = [part for part in signature.parameters.values() if part.name != "execution"]  # for the package itself
+    parts = [part.replace(annotation=inspect.Parameter.empty) for part in shown]
+    short = signature.replace(parameters=parts, return_annotation=inspect.Signature.empty)
+    lines = []
+    for line in (inspect.getdoc(function) or "").splitlines():
+        if match := re.fullmatch(r"(Args|Returns|Raises|Example):", line):
+            lines += [f"**{match[1]}**", ""]
+        elif lines and (match := re.fullmatch(r"    ([\w, ]+): (.*)", line)):
+            lines.append(f"- `{match[1]}`: {match[2]}".replace("<", "&lt;"))
+        else:
+            lines.append(re.sub(r" +# doctest.*", "", line))
+    call = textwrap.fill(f"prune_peak.{name}{short}", 90, subsequent_indent="    ", break_on_hyphens=False)
+    return f"## {name}\n\n```\n{call}\n```\n\n" + "\n".join(lines) + "\n"
+
+
+def describe_python() -> str:
+    """The functions of the package; their options are those of the commands."""
+    head = "# Python\n\nMade from the docstrings of `prune_peak` by `make docs-generated`. The options of a function\n"
+    head += "are those of the command of its name, in [the reference of the command line](cli.md).\n"
+    return "\n".join([head, *(describe_function(name) for name in sorted(FUNCTIONS | {"verify": VerifyOptions}))])
+
+
+def test_python_reference(request: pytest.FixtureRequest) -> None:
+    """`make docs-generated` writes it."""
+    path = DOCS.with_name("python.md")
+    if request.config.getoption("--write-docs"):
+        path.write_text(describe_python())
+    assert path.read_text() == describe_python(), "run `make docs-generated`"
 
 
 def test_every_command_has_its_options() -> None:
@@ -226,6 +264,15 @@ def test_invalid_values(kind: type[Options], values: dict[str, Any], message: st
 def test_one_value_for_several() -> None:
     assert AblateOptions(fraction=0.3).fraction == (0.3,)  # type: ignore[arg-type]
     assert AblateOptions(calibration="a.txt").calibration == ("a.txt",)  # type: ignore[arg-type]
+
+
+def test_options_are_spelled_as_they_were_given() -> None:
+    given = AblateOptions(
+        fill=("peak", "mean"), sites=("mlp",), fraction=(0.3,), data=("my text.txt",), seeds=1, force=True
+    )
+    context = main.commands["ablate"].make_context("ablate", ["MODEL", *shlex.split(spell(given))])
+    values = {item.name: context.params[item.name] for item in fields(AblateOptions)}
+    assert AblateOptions(**values) == given
 
 
 def test_several_data_sets_need_their_samples(tmp_path: Path, text: Path) -> None:

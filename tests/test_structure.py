@@ -38,6 +38,7 @@ ORDER = [
     "data",
     "models",
     "io",
+    "report",
     "options",
     "option_fields",
     "version",

@@ -1,5 +1,6 @@
 """The study measures what it says: its hooks are the law's, its errors are right, and a stopped one goes on."""
 
+import base64
 import csv
 import json
 from pathlib import Path
@@ -29,7 +30,7 @@ from prune_peak.options import FILLS, SELF
 from prune_peak.sites.finding import find_sites, labels
 from prune_peak.sites.hooks import ablated, draw_others, resampled
 from prune_peak.sites.plan import SitePlan
-from prune_peak.studies.ablation import ablate
+from prune_peak.studies.ablation import Study, ablate, conclude
 from prune_peak.studies.curves import CROSS_ENTROPY, Curve, is_significant, mean_and_error
 from prune_peak.studies.options import AblateOptions
 from prune_peak.studies.runner import TrialRunner, find_studied, load_whole, summarize
@@ -170,6 +171,21 @@ def test_table_is_tidy(study_text: str, tmp_path: Path) -> None:
     mean = [row["cross_entropy"] for row in rows if (row["site"], row["fill"]) == ("mlp", "peak") and row["fraction"]]
     expected = (sum(mean) / 2 - rows[0]["cross_entropy"]) * 0.5 / 2  # one trapezoid, a triangle
     assert areas[0]["area"] == pytest.approx(expected)
+
+
+def test_the_conclusion_names_what_the_errors_tell_apart() -> None:
+    def area(fill: str, value: float) -> dict[str, Any]:
+        return {"site": "mlp", "metric": CROSS_ENTROPY, "fill": fill, "area": value}
+
+    areas = [area("peak", 0.5), area("zero", 2.0), area("mean", 0.6)]
+    for significant in (True, False):
+        comparisons = [
+            {"site": "mlp", "metric": CROSS_ENTROPY, "fill": "peak", "other": "zero", "significant": significant},
+            {"site": "mlp", "metric": CROSS_ENTROPY, "fill": "zero", "other": "mean", "significant": True},
+        ]
+        said = conclude(Study(Path(), {}, (), areas, comparisons, ()))
+        assert said.startswith("In mlp neurons, peak costs least (0.500 nats) and zero most (2.000)")
+        assert said.endswith("which the errors do not tell apart.") is not significant
 
 
 def test_stopped_study_resumes(study_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +345,12 @@ def test_the_command_prints_the_table_and_draws(study_text: str, tmp_path: Path)
     assert [row["fraction"] for row in json.loads(answer.stdout)] == [0.0, 0.3, 0.0, 0.3]
     picture = (tmp_path / "study" / "degradation.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+    page = (tmp_path / "study" / "report.html").read_text()
+    [cost] = [row["area"] for row in json.loads((tmp_path / "study" / "areas.json").read_text())
+              if (row["site"], row["metric"]) == ("mlp", CROSS_ENTROPY)]  # fmt: skip
+    assert f"n mlp neurons, peak costs {cost:.3f} nats" in page
+    assert base64.b64encode(picture).decode() in page
+    assert f"prune-peak ablate {LLAMA} --sequence-length 32 --calibration {study_text}" in page
     told = CliRunner().invoke(main, arguments)
     assert told.exit_code == 0
     assert "Area under the curve, increase of cross-entropy in nats" in told.stdout

@@ -76,7 +76,7 @@ def test_wheel_files(wheel: Path) -> None:
     assert wheel.name.startswith("prune_peak-")
     names = set(zipfile.ZipFile(wheel).namelist())
     metadata = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
-    assert {"prune_peak/py.typed", "prune_peak/export/card.md"} <= DATA_FILES
+    assert {"prune_peak/py.typed", "prune_peak/export/card.md", "prune_peak/report.html"} <= DATA_FILES
     assert names - metadata == {path.as_posix() for path in SOURCES}
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)
 

@@ -1,5 +1,6 @@
 """One function per command: parse, call, print. Results go to stdout, progress and warnings to stderr."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, one_line
+from ..option_fields import spell
 from ..options import (
     CalibrateOptions,
     CompressCommand,
@@ -211,9 +213,9 @@ def verify(folder: Path, original: str | None, revision: str | None, data: str |
 def ablate(model: str, as_json: bool, **options: Any) -> None:
     """Measure what held neurons cost: cross-entropy and top-1, over fills, fractions and kinds of site.
 
-    It writes tables (CSV and JSON) and a picture; the model is not changed. A neuron of attention is one input of its
-    output projection. By default the model runs about 270 times; the second example is a first look. A study that was
-    stopped resumes.
+    It writes tables (CSV and JSON), a picture and a report; the model is not changed. A neuron of attention is one
+    input of its output projection. By default the model runs about 270 times; the second example is a first look. A
+    study that was stopped resumes.
 
     \b
     Examples:
@@ -237,6 +239,7 @@ def evaluate(
     talk: bool,
     prompts: Path | None,
     tasks: tuple[str, ...] | None,
+    report: Path | None,
     **options: Any,
 ) -> None:
     """Measure models side by side; the others are compared with the first.
@@ -244,23 +247,25 @@ def evaluate(
     \b
     Examples:
       prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.3 --data test.txt
-      prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.3 --talk
+      prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.3 --talk --report talk.html
       prune-peak evaluate SmolLM2-135M SmolLM2-135M-peak-0.5 --latency
       prune-peak evaluate SmolLM2-135M-peak-0.3 --tasks arc_easy,hellaswag
     """
-    talk = talk or prompts is not None
-    if not options["data"] and not latency and not talk and tasks is None:
-        raise UsageError("nothing to measure; pass --data DATA, --talk, --latency or --tasks NAME,....")
+    given = EvaluateCommand(latency=latency, talk=talk, prompts=prompts, tasks=tasks, report=report, **options)
     from ..evaluation.comparison import evaluate as run
     from ..evaluation.latency import measure_latency
     from ..evaluation.lm_eval_tasks import run_tasks
+    from ..evaluation.page import write_page
     from ..evaluation.talk import evaluate_talk
 
     common = {name: options[name] for name in ("dtype", "revision")}
     comparisons: list[Any] = run(models, **options) if options["data"] else []
     speeds = measure_latency(models, **common) if latency else []
-    answers = evaluate_talk(models, prompts, options["revision"]) if talk else []
+    answers = evaluate_talk(models, prompts, options["revision"]) if talk or prompts else []
     scores = run_tasks(models, tasks, **common) if tasks is not None else []
+    if report is not None:
+        command = f"prune-peak evaluate {shlex.join(models)} {spell(given)}"
+        write_page(report, comparisons, answers, speeds, scores, command)
     if as_json:
         parts: dict[str, list[Any]] = {"comparisons": comparisons, "talk": answers, "latency": speeds, "tasks": scores}
         echo_json({name: [part.to_json() for part in each] for name, each in parts.items() if each})
@@ -273,6 +278,8 @@ def evaluate(
         print_latency(speeds)
     if scores:
         print_scores(scores)
+    if report is not None:
+        click.echo(f"Written to {report}.")
 
 
 @click.command(short_help="Verify a written folder and push it to the Hub.")

@@ -57,6 +57,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         shares=" and ".join(f"{share:.0%} of the {name_units(kind)}" for kind, share in _shares(recipe)),
         warnings=recipe["warnings"],
         healing=_describe_healing(recipe),
+        conclusion=_conclude(recipe),
         summary=_summarize(recipe),
         rows=list(_rows(recipe)),
         latency=source.meta_model.can_generate(),
@@ -183,6 +184,19 @@ def _name_calibration(recipe: Mapping[str, Any]) -> str:
     return f"{options['samples']} windows of {options['sequence_length']} tokens of {text}"
 
 
+def _conclude(recipe: Mapping[str, Any]) -> str:
+    """What it saves and what it costs, in one sentence."""
+    before, after = (recipe[side]["bytes"] for side in ("before", "after"))
+    saved = f"{1 - after / before:.0%} smaller than" if after < before else "as large as"
+    metric = (recipe["quality"]["before"] or {}).get("metric", PERPLEXITY)
+    rows = [row for row in _rows(recipe) if row[0].startswith(metric)]
+    costs = [f"{name.partition(',')[0]} {second} instead of {first}" for name, first, second, _ in rows]
+    if recipe["talk"]:
+        first, second = (recipe["talk"][side] for side in ("before", "after"))
+        costs.append(f"{second['loops']} of {second['prompts']} answers that loop instead of {first['loops']}")
+    return f"It is {saved} the original{', with ' if costs else ''}{' and '.join(costs)}."
+
+
 def _summarize(recipe: Mapping[str, Any]) -> str:
     options = recipe["options"]
     cut = " and ".join(f"{share:.1%} of the {name_units(kind)}" for kind, share in _shares(recipe))
@@ -290,6 +304,6 @@ def _draw(path: Path, recipe: Mapping[str, Any]) -> bool:
         errors.set(title=f"{name_units(kind)}: error, as a share", xlabel="block")
         for axes in (widths, errors):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.legend(loc="lower right", fontsize="small")
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
     figure.savefig(path, metadata={"Software": None})  # without the version of matplotlib
     return True

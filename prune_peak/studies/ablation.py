@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tqdm import tqdm
@@ -16,13 +17,13 @@ from tqdm import tqdm
 from ..evaluation.quality import WindowScores
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
-from ..option_fields import takes
+from ..option_fields import spell, takes
 from ..options import FILLS, RANKED, RESAMPLE
+from ..report import Section, write_report, write_table
 from ..sites.finding import prunable_kinds
-from .curves import Curve, build_curves, compare_areas, is_significant, mean_and_error
+from .curves import CROSS_ENTROPY, Curve, build_curves, compare_areas, is_significant, mean_and_error
 from .options import AblateOptions
 from .plots import MISSING, can_draw, draw_degradation
-from .report import write_table
 from .runner import TrialRunner, find_studied, load_whole, summarize
 from .study_data import StudyData, load_study_data
 from .trials import BASELINE, Trial, TrialLog
@@ -101,7 +102,7 @@ def ablate(model: str, output: str | Path | None = None, **options: Any) -> Stud
         comparisons=list(_comparison_rows(name, curves)),
         curves=curves,
     )
-    _write(study, name)
+    _write(study, name, f"prune-peak ablate {quote(str(model))} {spell(given)}")
     return study
 
 
@@ -123,14 +124,64 @@ def _describe_protocol(source: Model, name: str, data: StudyData, options: Ablat
     }
 
 
-def _write(study: Study, name: str) -> None:
+def _write(study: Study, name: str, command: str) -> None:
     for table in ("measurements", "areas", "comparisons"):
         write_table(study.output / table, getattr(study, table))
     (study.output / "protocol.json").write_text(json.dumps(study.protocol, indent=2) + "\n", encoding="utf-8")
-    if can_draw():
-        draw_degradation(study.curves, name, study.output / "degradation.png")
+    picture = study.output / "degradation.png" if can_draw() else None
+    if picture is not None:
+        draw_degradation(study.curves, name, picture)
     else:
         log.warning(MISSING)
+    title = f"What held neurons cost {name}"
+    write_report(study.output / "report.html", title, conclude(study), list(_sections(study, picture)), command)
+
+
+def conclude(study: Study) -> str:
+    """The best and the worst fill of every kind of site, in one sentence."""
+    parts = []
+    for site in dict.fromkeys(row["site"] for row in study.areas):
+        costs = {r["fill"]: r["area"] for r in study.areas if (r["site"], r["metric"]) == (site, CROSS_ENTROPY)}
+        best, worst = min(costs, key=lambda fill: costs[fill]), max(costs, key=lambda fill: costs[fill])
+        if len(costs) == 1:
+            parts.append(f"in {site} neurons, {best} costs {costs[best]:.3f} nats")
+            continue
+        pair = [r for r in study.comparisons if r["site"] == site and {r["fill"], r["other"]} == {best, worst}]
+        told = any(r["significant"] for r in pair if r["metric"] == CROSS_ENTROPY)
+        part = f"in {site} neurons, {best} costs least ({costs[best]:.3f} nats) and {worst} most ({costs[worst]:.3f})"
+        parts.append(part + ("" if told else ", which the errors do not tell apart"))
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _sections(study: Study, picture: Path | None) -> Iterator[Section]:
+    protocol = study.protocol
+    length, seeds = protocol["sequence_length"], len(protocol["seeds"])
+    unit = f"windows of {length} tokens" if length else "images"
+    yield Section(
+        "What was measured",
+        f"{protocol['class']} {protocol['model']}, {protocol['dtype']}, on {protocol['windows']} {unit} of "
+        f"{protocol['text']}, {seeds} seed{'s' * (seeds > 1)}. Neurons of one kind of site are held in all blocks, at "
+        f"constants of {protocol['calibration_windows']} others of {protocol['calibration']}.",
+    )
+    if picture is not None:
+        yield Section("Degradation", "What is lost by the share of the neurons held, for every fill.", picture)
+    keys = ("site", "metric", "fill")
+    yield Section(
+        "Areas",
+        "Area under the curve: cross-entropy gained in nats, or top-1 accuracy lost, over the shares of neurons held. "
+        "Smaller is better.",
+        rows=[{key: row[key] for key in (*keys, "area", "area_stderr")} for row in study.areas],
+    )
+    yield Section(
+        "Differences",
+        "The area of the first fill less that of the other, window by window and seed by seed. Significant: more than "
+        "three standard errors.",
+        rows=[
+            {key: row[key] for key in (*keys, "other", "difference", "difference_stderr", "significant")}
+            for row in study.comparisons
+        ],
+    )
 
 
 def _measurement_rows(

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
+from shlex import quote
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from ..evaluation.quality import build_eval_set, is_evaluable
 from ..models.execution import DTYPES, default_dtype
 from ..models.families import find_blocks
 from ..models.loading import Model, open_model
-from ..option_fields import takes
+from ..option_fields import spell, takes
 from ..options import SELF
+from ..report import Section, write_report, write_table
 from ..sites.site import Site
 from .curves import is_significant, mean_and_error
 from .distributions import (
@@ -36,7 +39,6 @@ from .distributions import (
 )
 from .options import AnalyzeOptions
 from .plots import MISSING, can_draw, draw_blocks, draw_drift, draw_heads, draw_histograms
-from .report import Section, write_report, write_table
 from .runner import TrialRunner, find_studied, load_whole, summarize
 from .trials import BASELINE, Trial
 
@@ -115,7 +117,8 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
     rows = [{"text": text} | row for text, found in measured.items() for each in found for row in describe(each)]
     stability = [row for (one, other), each in drifts.items() for row in _drift_rows(one, other, each)]
     analysis = Analysis(folder, protocol, rows, stability, cross)
-    _write(analysis, measured[next(iter(splits))], drifts, chosen)
+    command = f"prune-peak analyze {quote(str(model))} {spell(given)}"
+    _write(analysis, measured[next(iter(splits))], drifts, chosen, command)
     return analysis
 
 
@@ -220,7 +223,9 @@ def _cross_rows(changes: Changes) -> Iterator[dict[str, Any]]:
         }
 
 
-def _write(analysis: Analysis, measured: Sequence[Distribution], drifts: Drifts, chosen: Sequence[Neuron]) -> None:
+def _write(
+    analysis: Analysis, measured: Sequence[Distribution], drifts: Drifts, chosen: Sequence[Neuron], command: str
+) -> None:
     folder, protocol = analysis.output, analysis.protocol
     folder.mkdir(parents=True, exist_ok=True)
     for table in TABLES:
@@ -237,7 +242,26 @@ def _write(analysis: Analysis, measured: Sequence[Distribution], drifts: Drifts,
         title = name.removesuffix(".png").replace("-", " ").capitalize()
         sections.append(Section(title, caption, picture=folder / name))
     title = f"How the neurons of {protocol['model']} are distributed"
-    write_report(folder / "report.html", title, [*sections, *_table_sections(analysis)])
+    sections += _table_sections(analysis)
+    write_report(folder / "report.html", title, conclude(analysis), sections, command)
+
+
+def conclude(analysis: Analysis) -> str:
+    """Where peaks lie, and whether they hold, in one sentence: medians over blocks."""
+    parts = []
+    for kind in dict.fromkeys(row["site"] for row in analysis.distributions):
+        shares = [r["peak_off_zero"] for r in analysis.distributions if _is_whole(r, kind)]
+        part = f"{median(shares):.0%} of the {kind} neurons have their peak off zero"
+        moves = [row for row in analysis.stability if row["site"] == kind and row["other"] != NOISE]
+        if moves:
+            peak, mean = (median([row[f"{name}_drift"] for row in moves]) for name in ("peak", "mean"))
+            part += f" (between texts, peaks move {peak:.2f} deviations and means {mean:.2f})"
+        parts.append(part)
+    return f"{', and '.join(parts)}."
+
+
+def _is_whole(row: Mapping[str, Any], kind: str) -> bool:
+    return row["site"] == kind and row["head"] is None and row["tokens"] == REST and row["peak_off_zero"] is not None
 
 
 def _draw(folder: Path, measured: Sequence[Distribution], drifts: Drifts, chosen: Sequence[Neuron]) -> dict[str, str]:

@@ -33,6 +33,7 @@ LABELS = {
     CROSS_ENTROPY: "cross-entropy gained (nats)",
     "top1": "top-1 accuracy lost (points)",
 }
+MOSTLY, ALMOST_ALWAYS = 0.5, 0.95  # of the tokens in one bin, which a histogram says in words
 COLOURS = 96  # of a PNG's palette
 WIDTH, HEIGHT, DOTS = 4.0, 3.0, 110  # of one panel in inches, and dots per inch
 
@@ -57,7 +58,8 @@ def draw_degradation(curves: Sequence[Curve], title: str, path: Path) -> None:
             axes.set_title(f"{site} neurons", fontsize=10)
             axes.set_xlabel("share of neurons held")
             axes.set_ylabel(LABELS[metric])
-    panels[0][0].legend(fontsize=8, frameon=False)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(f"{title} (bands: two standard errors)", fontsize=10)
     _save(figure, path)
 
@@ -96,6 +98,13 @@ def _draw_histogram(axes: "Axes", shape: NeuronMoments, index: int) -> None:
     if width:
         edges = [low + width * (1 + 2 * step) for step in range(len(counts) + 1)]
         axes.stairs(counts.tolist(), edges, fill=True, color="0.75")
+    most = shape.histogram[index].max().item() / shape.tokens if width else 1.0
+    if most > MOSTLY:
+        peak = f"{shape.peak[index].item():.2g}"
+        words = f"almost always {peak}" if most > ALMOST_ALWAYS else f"{peak} for {most:.0%}\nof the tokens"
+        axes.text(0.95, 0.95, words, transform=axes.transAxes, fontsize=8, ha="right", va="top")
+    if not counts.sum():
+        axes.set(xticks=[], yticks=[])
     for name, value, colour, dashes in (
         ("zero", 0.0, STYLES["zero"][0], ":"),
         ("mean", shape.mean[index].item(), STYLES["mean"][0], "--"),
