@@ -16,6 +16,7 @@ from .export.recipe import VERSIONS
 from .export.tokenizer import check_tokenizer
 from .memory import Workload, estimate_workload, plan_execution
 from .models.execution import ExecutionConfig
+from .models.forward import check_forward
 from .models.loading import Model, ModelSpec, open_model
 from .options import AUTO, Budget, CompressOptions
 from .proof import prove
@@ -80,6 +81,7 @@ def prepare(model: str, options: CompressOptions) -> Job:
         PrunePeakError: a model, statistics, data or a memory budget that cannot be used.
     """
     source = open_model(model, options.revision)
+    check_forward(source)
     sites, allocations = plan_widths(source, options, options.output_class)
     statistics = None
     if options.stats is not None:

@@ -95,8 +95,10 @@ class ModelSpec:
 
     @property
     def positions(self) -> int | None:
-        """The maximum number of tokens of a window; None if the config sets no limit."""
+        """The maximum number of tokens of a window; None if the config sets no limit (XLNet: -1)."""
         positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        if positions == -1:
+            return None
         for name, module in self.meta_model.named_modules():
             # RoBERTa's positions start after the padding index
             if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
@@ -304,6 +306,11 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
         raise PrunePeakError(
             f"{path} is not a valid {raw['model_type']} config: {brief(error)}. Correct the config."
         ) from None
+    if not spec.sees_images and getattr(config, "vocab_size", None) is None:
+        raise PrunePeakError(
+            f"{folder} is a multimodal wrapper ({raw['model_type']}); expected a vocab_size in its config, or images "
+            "alone. Save its language model separately and prune that."
+        )
     tables = sum(buffer.numel() * buffer.itemsize for buffer in meta_model.buffers())
     if tables > MOST_BUFFERS:
         raise PrunePeakError(
