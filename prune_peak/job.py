@@ -11,7 +11,7 @@ from .conversion.layout import Conversion
 from .data.windows import name_data
 from .errors import UsageError
 from .evaluation.quality import EvalSet, build_given_eval_set
-from .export.folder import check_modules
+from .export.folder import check_side_files
 from .export.recipe import VERSIONS
 from .export.tokenizer import check_tokenizer
 from .memory import Workload, estimate_workload, plan_execution
@@ -99,7 +99,7 @@ def prepare(model: str, options: CompressOptions) -> Job:
     execution = plan_execution(source, workload, options.max_memory, options.device)
     conversion = convert(source, sites, allocations[0], options.output_class)
     check_tokenizer(source, conversion)
-    check_modules(source.folder)
+    check_side_files(source.folder)
     if conversion.zero_filled:
         _warn_zero_fill(conversion, options.refit)
     if not source.family.streamable:

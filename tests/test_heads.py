@@ -17,6 +17,7 @@ from prune_peak.models.discovery import discover_family
 from prune_peak.models.loading import open_model
 from prune_peak.models.miniature import build_miniature
 from prune_peak.probes import Whole, probe_batches
+from prune_peak.stats.calibration import calibrate
 
 CONFIGS = {
     "Bert": BY_NAME["bert"].configure,
@@ -148,3 +149,11 @@ def test_two_towers_are_refused(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(PrunePeakError, match="multimodal wrapper"):
         prune_peak.inspect(str(tmp_path))
+
+
+def test_statistics_of_a_model_that_runs_whole(tmp_path: Path, text: Path) -> None:
+    model = save("MPNetForMultipleChoice", tmp_path / "model")
+    words = {"calibration": str(text), "samples": 4, "sequence_length": 16, "covariances": True}
+    calibrate(model, tmp_path / "model.stats", **words)  # type: ignore[arg-type]
+    result = prune_peak.compress(model, 0.3, tmp_path / "cut", stats=str(tmp_path / "model.stats"))
+    assert result.refits

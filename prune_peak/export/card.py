@@ -20,7 +20,8 @@ from transformers.modelcard import TASK_MAPPING
 from yaml import YAMLError
 
 from ..evaluation.quality import PERPLEXITY, EvalResult
-from ..models.loading import CARD, Model
+from ..io.side_files import CARD
+from ..models.loading import Model
 from ..option_fields import flag
 from ..options import FULL, CompressOptions
 

@@ -27,8 +27,9 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..errors import PrunePeakError, brief
 from ..io.checkpoint import Checkpoint, has_weights
+from ..io.side_files import CARD, MODULE_FILES, SIDE_FILES, TERMS_IN_ANY_CASE
 from ..io.tensor_files import digest_tensor
-from ..io.untrusted import TEMPLATES, check_folder, find_modules
+from ..io.untrusted import check_folder, find_modules
 from .config_checks import (
     MOST_BUFFERS,
     build_meta_model,
@@ -46,14 +47,7 @@ from .head_detection import detect_class
 from .miniature import IMAGES as IMAGES  # exported
 from .weight_names import Merged, check_shapes, match_names
 
-# Files that are copied with a checkpoint; not code, pickles or the README
-SIDE_FILES = (
-    *("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.jinja", "LICENSE*", "NOTICE*"),
-    f"{TEMPLATES}/*.jinja",
-)
-MODULE_FILES = ("*.json", "*.txt", "*.safetensors")  # of the folders that modules.json names
-CARD = "README.md"  # read for the licence
-
+FETCHED = (CARD, "*.json", *SIDE_FILES, *TERMS_IN_ANY_CASE)  # from the Hub
 # Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
 NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
 
@@ -232,9 +226,9 @@ def open_model(name: str, revision: str | None = None) -> Model:
     Raises:
         PrunePeakError: the model cannot be found, is not supported, or config and weights do not match.
     """
-    folder, commit = _locate(name, revision, [*SIDE_FILES, CARD, "*.safetensors"])
+    folder, commit = _locate(name, revision, [*FETCHED, "*.safetensors"])
     if commit is not None and not any(folder.glob("*.safetensors")):
-        folder, commit = _locate(name, commit, [*SIDE_FILES, CARD, "pytorch_model*.bin"])
+        folder, commit = _locate(name, commit, [*FETCHED, "pytorch_model*.bin"])
     modules = find_modules(folder)
     if commit is not None and modules:
         patterns = [f"{escape(module)}/{pattern}" for module in modules for pattern in (*MODULE_FILES, "*.bin")]
