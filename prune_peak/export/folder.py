@@ -100,9 +100,11 @@ class FolderWriter:
         for name, tensor in prune_block(self.source, self.conversion, plan, block).items():
             written = tensor.to(self.layout[name][1])
             if tensor.dtype != written.dtype and is_finite(tensor) and not is_finite(written):
+                narrow, kind = str(written.dtype).removeprefix("torch."), self.source.model_class.__name__
                 raise PrunePeakError(
-                    f"the new values of {name} are too large for {str(written.dtype).removeprefix('torch.')}. Save the "
-                    "model in bfloat16 or float32 first, or try --no-refit."
+                    f"the new values of {name}, which take the constants of the pruned neurons, are too large for "
+                    f"{narrow}; the original's are not. Save it in bfloat16 first ({kind}.from_pretrained(DIR, "
+                    "dtype='bfloat16').save_pretrained(OTHER)), or try --no-refit or another --fill."
                 )
             if name in self._names:
                 self._writer.write(self._names[name], written)

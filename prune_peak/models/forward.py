@@ -35,7 +35,7 @@ def run(source: ModelSpec, module: Callable[..., Any], *inputs: Any, **named: An
         ) from error
 
 
-@torch.inference_mode()
+@torch.no_grad()  # parameters that are made in inference mode would stay so
 def check_forward(source: ModelSpec) -> None:
     """Refuse a config whose class does not run, without any weight.
 

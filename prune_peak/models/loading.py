@@ -66,7 +66,18 @@ class ModelSpec:
     @property
     def label(self) -> str:
         """The name in published files: the Hub id, or the folder's name without its path."""
-        return self.name if self.revision is not None else self.folder.resolve().name
+        return self.origin[0]
+
+    @property
+    def origin(self) -> tuple[str, str | None]:
+        """The Hub id and the commit, also of a folder in the Hub's cache; else the folder's name and None."""
+        if self.revision is not None:
+            return self.name, self.revision
+        folder = self.folder.resolve()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/"), folder.name
+        return folder.name, None
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
