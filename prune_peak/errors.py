@@ -1,6 +1,7 @@
 """Errors for the user: one line with what is wrong, what was expected and what to do."""
 
 LONGEST = 2000  # characters of a message
+NO_MEMORY = ("allocate memory", "failed to map segment", "out of memory")  # torch and the loader have no class of it
 
 
 class PrunePeakError(Exception):
@@ -20,6 +21,11 @@ class VerificationError(PrunePeakError):
 
 class LostProcessError(Exception):
     """Another process of the same distributed command died; finished work is kept and can be resumed."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any library says that there is not enough memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def one_line(text: str) -> str:

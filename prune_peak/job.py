@@ -11,11 +11,12 @@ from .conversion.layout import Conversion
 from .data.windows import name_data
 from .errors import UsageError
 from .evaluation.quality import EvalSet, build_given_eval_set
-from .export.folder import check_modules
+from .export.folder import check_side_files
 from .export.recipe import VERSIONS
 from .export.tokenizer import check_tokenizer
 from .memory import Workload, estimate_workload, plan_execution
 from .models.execution import ExecutionConfig
+from .models.forward import check_forward
 from .models.loading import Model, ModelSpec, open_model
 from .options import AUTO, Budget, CompressOptions
 from .proof import prove
@@ -80,6 +81,7 @@ def prepare(model: str, options: CompressOptions) -> Job:
         PrunePeakError: a model, statistics, data or a memory budget that cannot be used.
     """
     source = open_model(model, options.revision)
+    check_forward(source)
     sites, allocations = plan_widths(source, options, options.output_class)
     statistics = None
     if options.stats is not None:
@@ -97,7 +99,7 @@ def prepare(model: str, options: CompressOptions) -> Job:
     execution = plan_execution(source, workload, options.max_memory, options.device)
     conversion = convert(source, sites, allocations[0], options.output_class)
     check_tokenizer(source, conversion)
-    check_modules(source.folder)
+    check_side_files(source.folder)
     if conversion.zero_filled:
         _warn_zero_fill(conversion, options.refit)
     if not source.family.streamable:

@@ -1,5 +1,6 @@
 """Run the original and the result on the same inputs, whole or block by block, for `verify` to compare."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -10,17 +11,22 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from .models.bfloat16 import fast_products
+from .errors import PrunePeakError
 from .models.config_keys import image_size, vision_config
 from .models.execution import CPU, ExecutionConfig
+from .models.forward import run
 from .models.loading import IMAGES, Model
+from .models.miniature import takes_choices, takes_one_text
 from .models.stream import Batch
 from .models.streaming import BlockStream
 from .sites.hooks import ablated
 from .sites.plan import SitePlan
 from .sites.site import Site
 
+log = logging.getLogger(__name__)
+
 DECODED = 24  # tokens of cached decoding
+STAGES = {"pooler_output": "pooled"}  # names of other outputs, if not their own
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,14 @@ def probe_batches(model: Model, probes: int) -> list[Batch]:
         height, width = image_size(vision)
         return [{IMAGES: torch.randn(probes, vision.num_channels, height, width, generator=generator)}]
     longest = model.positions or 128
-    length = max(2, min(96, longest - DECODED))
+    length = min(96, max(longest // 2, longest - DECODED))
     full = torch.randint(config.vocab_size, (probes, length), generator=generator)
     padded = torch.randint(config.vocab_size, (probes, length // 2), generator=generator)
     mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
     batches: list[Batch] = [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
-    name = model.model_class.__name__
-    if name.endswith("ForMultipleChoice"):
+    if takes_choices(model.model_class):
         return [{key: tensor.unflatten(0, (-1, 2)) for key, tensor in batch.items()} for batch in batches]
-    if name.endswith("ForSequenceClassification") and config.pad_token_id is None:
+    if takes_one_text(model.model_class, config):
         return [{key: tensor[row : row + 1] for key, tensor in batch.items()} for batch in batches for row in (0, 1)]
     return batches
 
@@ -75,26 +80,36 @@ class Whole:
     """A stock model with all its weights in memory, under its hooks."""
 
     def __init__(self, model: Model, dtype: torch.dtype, hooks: Hooks | None = None) -> None:
-        self.model = model.load(dtype)
+        self.source, self.model = model, model.load(dtype)
         self.hooks = hooks
 
     @torch.inference_mode()
     def run(self, batches: Sequence[Batch], teacher: Outputs | None = None) -> Outputs:
         """Prefill of every batch; then greedy decoding with a cache after the first, following the teacher's tokens."""
-        with fast_products(), self.hooks.on(self.model) if self.hooks else nullcontext():
-            logits = _collect_prefills(batches, [self.model(**batch) for batch in batches])
-            if not self.model.can_generate():
+        with self.hooks.on(self.model) if self.hooks else nullcontext():
+            logits = _collect_prefills(batches, [run(self.source, self.model, **batch) for batch in batches])
+            if not self.model.can_generate() or (teacher is not None and teacher.decoded is None):
                 return Outputs(logits)
-            cache = DynamicCache(config=self.model.config)
-            output = self.model(batches[0]["input_ids"], past_key_values=cache, use_cache=True)
-            steps, tokens = [], []
-            for step in range(DECODED):
-                steps.append(output.logits[:, -1].float())
-                tokens.append(steps[-1].argmax(-1))
-                fed = tokens[-1] if teacher is None or teacher.decoded is None else teacher.decoded[:, step]
-                output = self.model(fed[:, None], past_key_values=cache, use_cache=True)
-            logits["cached decoding"] = torch.stack(steps, dim=1)
-            return Outputs(logits, torch.stack(tokens, dim=1))
+            try:
+                steps, tokens = self._decode(batches[0]["input_ids"], teacher)
+            except PrunePeakError as error:
+                if teacher is not None:
+                    raise
+                log.warning("Cached decoding is not compared, because the original does not decode: %s", error)
+                return Outputs(logits)
+            return Outputs(logits | {"cached decoding": steps}, tokens)
+
+    def _decode(self, prompt: Tensor, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
+        """The logits and the tokens of greedy decoding, (probes, steps, vocabulary) and (probes, steps)."""
+        cache = run(self.source, DynamicCache, config=self.model.config)
+        output = run(self.source, self.model, prompt, past_key_values=cache, use_cache=True)
+        steps, tokens = [], []
+        for step in range(min(DECODED, (self.source.positions or 128) - prompt.shape[1])):
+            steps.append(output.logits[:, -1].float())
+            tokens.append(steps[-1].argmax(-1))
+            fed = tokens[-1] if teacher is None or teacher.decoded is None else teacher.decoded[:, step]
+            output = run(self.source, self.model, fed[:, None], past_key_values=cache, use_cache=True)
+        return torch.stack(steps, dim=1), torch.stack(tokens, dim=1)
 
 
 def run_streamed(
@@ -113,17 +128,17 @@ def run_streamed(
 
 
 def _collect_prefills(batches: Sequence[Batch], outputs: Sequence[Any]) -> dict[str, Tensor]:
-    """The logits of every batch, and the pooled output where a model has one besides."""
+    """Every output of every batch: logits, and what a head gives besides (ends of answers, a pooled state)."""
     logits = {}
     for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
-        logits[f"prefill {number}"] = _without_padding(batch, output)
-        if getattr(output, "pooler_output", None) is not None:
-            logits[f"pooled {number}"] = output.pooler_output.float()
+        named = dict(output) if isinstance(output, Mapping) else {"logits": output[0]}
+        for at, (name, values) in enumerate((n, v) for n, v in named.items() if isinstance(v, Tensor)):
+            stage = "prefill" if at == 0 else STAGES.get(name, name.replace("_", " "))
+            logits[f"{stage} {number}"] = _without_padding(batch, values.float())
     return logits
 
 
-def _without_padding(batch: Batch, output: Any) -> Tensor:
-    logits: Tensor = (output.logits if hasattr(output, "logits") else output[0]).float()
+def _without_padding(batch: Batch, values: Tensor) -> Tensor:
     mask = batch.get("attention_mask")
-    per_token = logits.dim() == 3  # not a classifier
-    return logits[mask.bool()] if mask is not None and per_token else logits
+    per_token = values.dim() == 3  # not a classifier
+    return values[mask.bool()] if mask is not None and per_token and values.shape[:2] == mask.shape else values

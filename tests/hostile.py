@@ -267,6 +267,10 @@ CUT_STATS = ("compress", "--model", "{}/model", "--ratio", "0.3", "--stats", "{}
 CUT_STATS = (*CUT_STATS, "--output", "{}/out", "-q")
 
 
+def cut(model: str) -> tuple[str, ...]:
+    return ("compress", "--model", f"{{}}/{model}", "--ratio", "0.3", "--calibration", "{}/text.txt", *SHORT)
+
+
 def refitting(stats: str) -> tuple[str, ...]:
     return ("compress", "--model", "{}/model", "--ratio", "0.3", "--stats", f"{{}}/{stats}", "--output", "{}/out", "-q")
 
@@ -828,6 +832,69 @@ PROGRESS = {
     "weights a pipe": (pipe(f"{G}/checkpoint/model.safetensors"), "neither a file nor a folder"),
 }
 
+Q = "heads/config.json"
+THREE_LABELS = change(Q, id2label={0: "a", 1: "b", 2: "c"}, label2id={})
+HEADS = {
+    "three ends of an answer": (THREE_LABELS, MISMATCH),
+    "three ends of an answer, with their weights": (
+        all_of(
+            THREE_LABELS,
+            tensors(
+                "heads/model.safetensors",
+                lambda held: {n: torch.cat([t, t[:1]]) if "qa_outputs" in n else t for n, t in held.items()},
+            ),
+        ),
+        "does not run: BertForQuestionAnswering of transformers",
+    ),
+    "class of another family": (change(Q, model_type="llama"), "expected a stock llama class"),
+    "no vocabulary": (change(Q, vocab_size=None), "is not a valid bert config"),
+    "a vocabulary of half a token": (change(Q, vocab_size=0.5), "is not a valid bert config"),
+    "no positions": (change(Q, max_position_embeddings=0), MISMATCH),
+    "positions -1": (change(Q, max_position_embeddings=-1), "is not a valid bert config"),
+    "head with escapes": (change(Q, architectures=[f"BertFor{ESCAPES}"]), r"\x1b]0;owned"),
+    "an encoder as a decoder with another": (change(Q, is_decoder=True, add_cross_attention=True), "encoder-decoder"),
+    "labels of 10^7": (change(Q, num_labels=10**7), "expected 1 to 1000000"),
+}
+
+J = "sentences/modules.json"
+
+
+def modules(**values: Any) -> Damage:
+    """`modules.json` that says something else of its second module."""
+    model = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    return put(J, json.dumps([model, pooling | values]))
+
+
+BESIDE, NO_LIST = "expected one beside it", "is not a list of modules"
+SENTENCES = {
+    **{name: case for name, case in broken(J, NO_LIST).items() if "link" not in name and "pipe" not in name},
+    "modules a pipe": (pipe(J), "(not a file)"),
+    "modules a link out": (link(J, "/etc/hostname"), NO_LIST),
+    "modules of numbers": (put(J, "[1, 2]"), NO_LIST),
+    "modules without a path": (put(J, '[{"type": "x"}]'), NO_LIST),
+    "folder above": (modules(path="../model"), BESIDE),
+    "folder above, by name": (modules(path=".."), BESIDE),
+    "folder itself": (modules(path="."), BESIDE),
+    "folder by absolute path": (modules(path="/etc"), BESIDE),
+    "folder of another system": (modules(path="..\\\\model"), BESIDE),
+    "folder below": (modules(path="1_Pooling/../../model"), BESIDE),
+    "folder with escapes": (modules(path=f"a/{ESCAPES}"), r"\x1b]0;owned"),
+    "folder a number": (modules(path=5, type="mine.Mine"), "'mine.Mine', whose code is not copied"),
+    "folder a link out": (all_of(remove("sentences/1_Pooling"), link("sentences/1_Pooling", "/etc")), "a link out"),
+    "file a link out": (link("sentences/1_Pooling/config.json", "/etc/hostname"), "a link out of its folder"),
+    "file a pipe": (pipe("sentences/1_Pooling/vocab.txt"), "neither a file nor a folder"),
+    "weights that are a pickle": (put("sentences/1_Pooling/pytorch_model.bin", pickle.dumps(Payload())), "is a pickle"),
+    "class of custom code": (
+        all_of(modules(type="mine.Pooling"), put("sentences/mine.py", CODE)),
+        "'mine.Pooling', whose code is not copied and never run",
+    ),
+    "class with escapes": (modules(type=ESCAPES), r"\x1b]0;owned"),
+    "licence a link out": (link("sentences/LICENSE", "/etc/hostname"), "a link out of its folder"),
+    "policy a pipe": (pipe("sentences/USE_POLICY.md"), "neither a file nor a folder"),
+    "notes a link out": (link("sentences/customers.txt", "/etc/hostname"), "a link out of its folder"),
+}
+
 GGUF = {
     "token id 10^9": (change_inside("cut/tokenizer.json", "model", "vocab", "zz", to=10**9), "the token 1000000000"),
     "tokenizer of an unknown kind": (change_inside("cut/tokenizer.json", "model", "type", to="Evil"), NO_TOKENIZER),
@@ -850,6 +917,8 @@ KINDS = {
     "tape": Kind(("model", TAPES), refitting(TAPES), TAPE),
     "plan": Kind(("cut", "model", "model.stats"), VERIFY, PLAN),
     "stopped run": Kind(("stopped.partial", "model", "text.txt"), GO_ON, PROGRESS),
+    "heads": Kind(("heads", "text.txt"), cut("heads"), HEADS),
+    "sentences": Kind(("sentences", "text.txt"), cut("sentences"), SENTENCES),
     "gguf": Kind(("cut",), ("export", "{}/cut", "{}/out.gguf", "--format", "gguf", "-q"), GGUF),
 }
 

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from browser import CHROMIUM, dump
 from click.testing import CliRunner, Result
 from conftest import EXAMPLES
 from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import ViTImageProcessorPil
+from valid import VIT
 
 import prune_peak
 from prune_peak.cli.main import main
@@ -39,17 +43,17 @@ def compress(*words: object) -> Result:
 def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose name nobody else need know; it holds a model and a text."""
     folder = tmp_path_factory.mktemp("private-directory")
-    shutil.copytree(EXAMPLES / "llama-mini", folder / "llama-mini")
-    (folder / "llama-mini" / "README.md").write_text(FRONT_MATTER)
-    (folder / "notes.txt").write_text((Path(__file__).parent / "test_law.py").read_text())
+    shutil.copytree(EXAMPLES / "llama-mini", folder / "my llama")
+    (folder / "my llama" / "README.md").write_text(FRONT_MATTER)
+    (folder / "my notes.txt").write_text((Path(__file__).parent / "test_law.py").read_text())
     return folder
 
 
 @pytest.fixture(scope="module")
 def folder(private: Path) -> Path:
-    words = ("--ratio", "mlp=0.3,attention=0.5", "--calibration", private / "notes.txt", "--samples", 8)
-    more = ("--evaluate", private / "notes.txt", "--sequence-length", 32, "--output", private / "cut")
-    result = compress("--model", private / "llama-mini", *words, *more)
+    words = ("--ratio", "mlp=0.3,attention=0.5", "--calibration", private / "my notes.txt", "--samples", 8)
+    more = ("--evaluate", private / "my notes.txt", "--sequence-length", 32, "--output", private / "cut")
+    result = compress("--model", private / "my llama", *words, *more)
     assert result.exit_code == 0, result.output
     return private / "cut"
 
@@ -62,8 +66,6 @@ def card(folder: Path) -> ModelCard:
 def test_round_trip(folder: Path, card: ModelCard) -> None:
     assert str(card) == (folder / "README.md").read_text()
     assert card.data.to_dict() == {
-        "base_model": "llama-mini",
-        "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["prune-peak", "pruning", "peak-ablation", "arxiv:2408.17322"],
@@ -92,7 +94,7 @@ def test_the_numbers_are_those_of_the_recipe(folder: Path, card: ModelCard) -> N
     assert (
         f"| perplexity | {first['value']:.2f} ± {first['standard_error']:.2f} | {second['value']:.2f} ± " in card.text
     )
-    assert f"Perplexity on notes.txt: {first['windows']} non-overlapping windows of 32 tokens" in card.text
+    assert f"Perplexity on my notes.txt: {first['windows']} non-overlapping windows of 32 tokens" in card.text
     assert "50.0% of the attention neurons and 29.2% of the MLP neurons" in card.text
     for site in recipe["sites"].values():
         assert 0 < site["lost"] < 0.99
@@ -127,12 +129,23 @@ def test_card_command_reproduces_the_folder(
     private: Path, folder: Path, card: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(private)
-    [command] = re.findall(r"```\n(prune-peak compress.*?)```", card.text, re.DOTALL)
-    words = shlex.split(command.replace("\\\n", ""))[2:]
-    result = compress(*words, "--output", tmp_path / "again")
-    assert result.exit_code == 0, result.output
+    assert "In a folder with `my llama` and `my notes.txt`:" in card.text
+    assert "a local folder without an id of the Hub, so `base_model` is not set" in card.text
+    assert run_pasted(card) == ["compress", "verify"]
     for path in folder.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (private / "pruned" / path.name).read_bytes(), path.name
+
+
+def run_pasted(card: ModelCard) -> list[str]:
+    """The names of the commands of a card, which all run as they are."""
+    names = []
+    for block in re.findall(r"```\n(prune-peak .*?)```", card.text, re.DOTALL):
+        for command in filter(None, block.replace("\\\n", "").split("\n")):
+            words = shlex.split(command)[1:]
+            result = CliRunner().invoke(main, words)
+            assert result.exit_code == 0, result.output
+            names.append(words[0])
+    return names
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -192,3 +205,46 @@ def test_without_matplotlib_the_table_is_written(
 )
 def test_the_task_is_that_of_the_class(model_class: str, task: str) -> None:
     assert find_task(getattr(transformers, model_class)) == task
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("base_model: someone/model", "someone/model"),
+        ("base_model: [someone/model, a b]", ["someone/model"]),
+        ("base_model: ./my model", None),
+        ("base_model: no", None),
+    ],
+)
+def test_the_base_is_that_of_the_source_card(front: str, expected: object, folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(EXAMPLES / "llama-mini", tmp_path / "someone-llama")
+    (source / "README.md").write_text(f"---\n{front}\n---\n")
+    write_card(tmp_path, json.loads((folder / "prune_peak.json").read_text()), open_model(str(source)))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == expected
+    assert ("is not set" in card.text) == (expected is None)
+    assert card.data.to_dict().get("base_model_relation") == ("finetune" if expected else None)
+
+
+def test_a_folder_of_the_cache_has_its_id(tmp_path: Path) -> None:
+    path = tmp_path / "models--some--opt-mini" / "snapshots" / "0123abc"
+    model = open_model(str(shutil.copytree(EXAMPLES / "opt-mini", path)))
+    assert model.origin == ("some/opt-mini", "0123abc")
+    assert model.label == "some/opt-mini"
+
+
+def test_images_are_images(tmp_path: Path) -> None:
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(VIT.save(tmp_path / "a vit: #1"))
+    (tmp_path / "my images").mkdir()
+    for number in range(8):
+        pixels = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / "my images" / f"{number}.png")
+    words = ("--ratio", 0.3, "--samples", 8, "--calibration", tmp_path / "my images", "--output", tmp_path / "cut")
+    result = compress(tmp_path / "a vit: #1", *words)
+    assert result.exit_code == 0, result.output
+    assert "held-out images" in result.stdout
+    card = ModelCard.load(tmp_path / "cut" / "README.md")
+    assert "8 images of my images" in card.text
+    assert "larger on images of another kind" in card.text
+    assert "token" not in card.text + result.stdout
+    assert "prune-peak verify pruned --original './a vit: #1'" in card.text

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -178,10 +179,13 @@ def test_verify_compares_with_the_original(good: Path, name: str, words: str) ->
     recipe = json.loads((good / "prune_peak.json").read_text())
     recipe["tensors"] = {key: hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in tensors.items()}
     (good / "prune_peak.json").write_text(json.dumps(recipe))
-    assert run("verify", good, "-q").exit_code == 0
+    alone = run("verify", good, "-q")
+    assert alone.exit_code == 0
+    assert alone.stdout.endswith("\npassed\n")
     result = run("verify", good, "-q", "--original", EXAMPLES / "llama-mini")
     assert result.exit_code == 3
     assert words in result.stdout
+    assert re.search(r"\nfailed: [1-9] of \d+ checks\n$", result.stdout)
 
 
 def change(path: Path, **values: object) -> None:

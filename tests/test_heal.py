@@ -14,7 +14,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import EXAMPLES
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from test_card import run_pasted
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import prune_peak
@@ -89,12 +91,24 @@ def test_the_written_folder(cut: Path, healed: Path) -> None:
     assert divergence(*pair).mean().item() == pytest.approx(recipe["healing"]["divergence"]["after"], rel=1e-4)
 
 
+@pytest.mark.real
+def test_the_commands_of_the_card(healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(LLAMA, tmp_path / "llama-mini")
+    shutil.copy(healed.parent / "text.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run_pasted(ModelCard.load(healed / "README.md")) == ["compress", "heal", "verify"]
+    again = load_file(tmp_path / "pruned-healed" / "model.safetensors")
+    for name, tensor in load_file(healed / "model.safetensors").items():
+        assert torch.equal(tensor, again[name])
+
+
 def test_the_card_tells(healed: Path) -> None:
     card = (healed / "README.md").read_text()
     assert (
         "It was then trained on 8,000 tokens of text.txt to predict what the original predicts (all weights)." in card
     )
-    assert "prune-peak heal DIR --original llama-mini" in card
+    assert "--output pruned\nprune-peak heal pruned --original ./llama-mini" in card
+    assert "prune-peak verify pruned-healed --original ./llama-mini" in card
     assert "Healing changed all weights" in card
     assert "plan.safetensors" not in card
 

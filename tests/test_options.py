@@ -146,7 +146,7 @@ def test_recipe_card_and_statistics_take_the_names_of_the_options(tmp_path: Path
     assert recipe["options"].keys() == names - {"output", "stats", "revision", "force"}
     known = {name for part in main.commands["compress"].params for name in (*part.opts, *part.secondary_opts)}
     words = reproduce(recipe).replace("\\\n", " ").split()
-    assert words[:3] == ["prune-peak", "compress", "llama-mini"]
+    assert words[:3] == ["prune-peak", "compress", "./llama-mini"]
     assert {word for word in words if word.startswith("--")} <= known
     assert "--ratio" in words
     statistics = prune_peak.calibrate(MODEL, tmp_path / "model.stats", calibration=str(text), **FEW)

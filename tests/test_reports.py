@@ -282,5 +282,6 @@ def test_a_constant_too_large_for_float16_is_ours(tmp_path: Path, text: Path, mo
     monkeypatch.setattr("prune_peak.sites.site.fold", lambda weight, *_: torch.full(weight.shape[:1], 1e6))
     result = compress(source, tmp_path / "cut", text, *WORDS)
     assert result.exit_code == 1
-    assert "are too large for float16. Save the model in bfloat16 or float32 first" in result.stderr
+    assert "constants of the pruned neurons, are too large for float16; the original's are not" in result.stderr
+    assert "OPTForCausalLM.from_pretrained(DIR, dtype='bfloat16').save_pretrained(OTHER)" in result.stderr
     assert not (tmp_path / "cut").exists()

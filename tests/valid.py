@@ -15,6 +15,8 @@ from prune_peak.stats.calibration import calibrate
 
 LLAMA = Tiny("valid", "Llama", settings={"vocab_size": 300, "num_hidden_layers": 2})
 VIT = Tiny("valid-vit", "ViT", "ForImageClassification", {"num_hidden_layers": 2})
+BERT = Tiny("valid-bert", "Bert", "Model", {"vocab_size": 300, "num_hidden_layers": 2})
+HEADS = Tiny("valid-heads", "Bert", "ForQuestionAnswering", {"vocab_size": 300, "num_hidden_layers": 2})
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not care. "
 BUDGET = {"ratio": 0.3, "samples": 2, "sequence_length": 32, "refit": False}
 
@@ -45,6 +47,14 @@ def make_all(folder: Path) -> Path:
     make_tokenizer(folder / "legacy")
     vit = VIT.save(folder / "vit")
     ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(vit)
+    make_tokenizer(HEADS.save(folder / "heads"))
+    sentences = BERT.save(folder / "sentences")
+    make_tokenizer(sentences)
+    (sentences / "1_Pooling").mkdir()
+    (sentences / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (sentences / "modules.json").write_text(json.dumps(modules))
     (folder / "images").mkdir()
     for number, name in enumerate(("a.png", "b.jpg", "c.webp", "d.bmp", "e.gif", "f.tiff")):
         pixels = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(number))

@@ -200,6 +200,8 @@ def verify(folder: Path, original: str | None, revision: str | None, data: str |
     else:
         for check in result.checks:
             click.echo(one_line(f"{'ok' if check['passed'] else 'FAILED':>6}  {check['check']}: {check['seen']}"))
+        failed = sum(not check["passed"] for check in result.checks)
+        click.echo(f"failed: {failed} of {len(result.checks)} checks" if failed else "passed")
         if original is None:
             click.echo("Outputs were not compared; pass --original MODEL for that.", err=True)
     if not result.passed:

@@ -11,13 +11,12 @@ from typing import Any
 
 import click
 
-from ..errors import LostProcessError, PrunePeakError, UsageError, one_line
+from ..errors import LostProcessError, PrunePeakError, UsageError, is_out_of_memory, one_line
 from ..version import __version__
 from .commands import COMMANDS
 from .logs import configure_logging
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-NO_MEMORY = ("allocate memory", "failed to map segment")
 
 
 class Group(click.Group):
@@ -47,8 +46,7 @@ class Group(click.Group):
             error.message = one_line(error.message)  # type: ignore[misc]  # it may quote a file name
             raise
         except (MemoryError, RuntimeError, OSError, ImportError) as error:
-            # torch and the dynamic loader raise no exception class of their own
-            if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+            if not is_out_of_memory(error):
                 raise
             raise click.ClickException(
                 "not enough memory. `compress --dry-run` estimates the need, and --max-memory sets a smaller budget. "

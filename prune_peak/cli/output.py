@@ -58,7 +58,8 @@ def print_compression(result: "CompressionResult") -> None:
         click.echo("Fills: " + ", ".join(f"{fill} at {count} sites" for fill, count in fills.items()) + ".")
     if result.refits:
         left = statistics.median(refit.error for refit in result.refits.values())
-        click.echo(f"Refit: {left:.0%} of the error of the constants on held-out tokens remains (median of sites).")
+        what = "images" if result.sees_images else "tokens"
+        click.echo(f"Refit: {left:.0%} of the error of the constants on held-out {what} remains (median of sites).")
     if result.scores_lost:
         lost = statistics.median(result.scores_lost.values())
         click.echo(f"Narrower heads: {lost:.2%} of the variance of their attention scores is lost (median of sites).")

@@ -21,14 +21,17 @@ from transformers.modelcard import TASK_MAPPING
 from yaml import YAMLError
 
 from ..evaluation.quality import PERPLEXITY, EvalResult
-from ..models.loading import CARD, Model
+from ..io.side_files import CARD
+from ..models.loading import Model
 from ..option_fields import flag
-from ..options import FULL, NO_FILL, CompressOptions, name_units
+from ..options import FULL, NO_FILL, SELF, CompressOptions, name_units
 
 log = logging.getLogger(__name__)
 
 PICTURE = "prune_peak.png"
-INHERITED = ("license", "license_name", "license_link", "language")  # from the front matter of the source's card
+MADE = "pruned"  # the folder that the commands of a card write
+# From the front matter of the source's card
+INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 
 # Of the Hub's relations (finetune, adapter, merge, quantized), this one fits changed weights in plain dtypes
 RELATION = "finetune"
@@ -49,11 +52,16 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         source: the original, for its licence.
     """
     picture = _draw(folder / PICTURE, recipe)
+    front_matter = _front_matter(recipe, source)
     card = ModelCard.from_template(
-        _front_matter(recipe, source),
+        front_matter,
         template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
         base=Path(source.label).name,
-        model=source.label,
+        model=_name_source(recipe),
+        has_base=front_matter.base_model is not None,
+        folder="." if recipe["source"]["revision"] is not None else MADE + "-healed" * ("healing" in recipe),
+        local=_name_local(recipe),
+        images=source.sees_images,
         shares=" and ".join(f"{share:.0%} of the {name_units(kind)}" for kind, share in _shares(recipe)),
         warnings=recipe["warnings"],
         healing=_describe_healing(recipe),
@@ -78,7 +86,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
 def reproduce(recipe: Mapping[str, Any]) -> str:
     """The command that writes the same folder again, with every option."""
     values = {"revision": recipe["source"]["revision"], **recipe["options"]}
-    words = [f"prune-peak compress {shlex.quote(recipe['source']['model'])}"]
+    words = [f"prune-peak compress {_name_source(recipe)}"]
     for item in fields(CompressOptions):
         value = values.get(item.name)
         if item.name not in values:
@@ -92,7 +100,22 @@ def reproduce(recipe: Mapping[str, Any]) -> str:
         elif value is not None:
             text = ",".join(value) if isinstance(value, list) else str(value)
             words.append(f"{flag(item.name)} {shlex.quote(text)}")
+    words.append(f"--output {MADE}")
     return " \\\n  ".join(words)
+
+
+def _name_source(recipe: Mapping[str, Any]) -> str:
+    """The original as a word of a command: the Hub id, or a folder where the command runs."""
+    name, revision = recipe["source"]["model"], recipe["source"]["revision"]
+    return shlex.quote(name if revision is not None else f"./{name}")
+
+
+def _name_local(recipe: Mapping[str, Any]) -> list[str]:
+    """The files and folders that the commands read; they name no path to them."""
+    source, options = recipe["source"], recipe["options"]
+    data = [*options["calibration"], *(options["evaluate"] or ()), recipe.get("healing", {}).get("data", SELF)]
+    names = [source["model"]] if source["revision"] is None else []
+    return list(dict.fromkeys([*names, *(name for name in data if name != SELF and "/" not in name)]))
 
 
 def _reproduce_healing(recipe: Mapping[str, Any]) -> str | None:
@@ -101,7 +124,7 @@ def _reproduce_healing(recipe: Mapping[str, Any]) -> str | None:
     options = recipe["healing"]
     words = {name: options[name] for name in ("data", "tokens", "method", "seed")}
     given = " ".join(f"{flag(name)} {shlex.quote(str(value))}" for name, value in words.items())
-    return f"prune-peak heal DIR --original {shlex.quote(recipe['source']['model'])} \\\n  {given}"
+    return f"prune-peak heal {MADE} --original {_name_source(recipe)} \\\n  {given}"
 
 
 def _describe_healing(recipe: Mapping[str, Any]) -> str | None:
@@ -120,14 +143,16 @@ def _describe_healing(recipe: Mapping[str, Any]) -> str | None:
 
 def _front_matter(recipe: Mapping[str, Any], source: Model) -> ModelCardData:
     names = recipe["options"]["calibration"]
+    inherited = _inherit(source)
+    if recipe["source"]["revision"] is not None:
+        inherited["base_model"] = recipe["source"]["model"]
     return ModelCardData(
-        base_model=source.label if _is_repo_id(source.label) else None,
-        base_model_relation=RELATION,
+        base_model_relation=RELATION if inherited.get("base_model") else None,
         library_name="transformers",
         pipeline_tag=find_task(getattr(transformers, recipe["output_class"])),
         tags=["prune-peak", "pruning", "peak-ablation", "arxiv:2408.17322"],
-        datasets=[name for name in names if "/" in name] or None,
-        **_inherit(source),
+        datasets=[name for name in names if "/" in name and _is_repo_id(name)] or None,
+        **inherited,
     )
 
 
@@ -140,7 +165,7 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _inherit(source: Model) -> dict[str, Any]:
-    """Licence and languages, from the source's card or config."""
+    """Licence, languages, and the model that the source was made from, by its card or config."""
     try:
         theirs = metadata_load(source.folder / CARD) or {}
     except (OSError, ValueError, RecursionError, YAMLError):  # no card, or an invalid one
@@ -151,7 +176,11 @@ def _inherit(source: Model) -> dict[str, Any]:
         value = theirs.get(key)
         items = value if isinstance(value, list) else [value]
         # YAML reads the code of Norwegian, no, as false
-        texts = ["no" if item is False else item for item in items if isinstance(item, str) or item is False]
+        if key == "language":
+            items = ["no" if item is False else item for item in items]
+        texts = [item for item in items if isinstance(item, str)]
+        if key == "base_model":
+            texts = list(filter(_is_repo_id, texts))
         if texts:
             found[key] = texts if isinstance(value, list) else texts[0]
     return found

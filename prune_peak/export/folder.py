@@ -5,9 +5,10 @@ Every tensor of the written class is copied, sliced, folded, converted, or a zer
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
-from glob import escape
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,27 @@ from transformers import PreTrainedConfig
 
 from ..conversion.layout import Conversion
 from ..errors import PrunePeakError
+from ..io.side_files import find_left_behind, find_side_files
 from ..io.tensor_files import save_tensors
-from ..io.untrusted import find_modules
+from ..io.untrusted import MODULES, find_modules, module_classes, read_json
 from ..io.writer import Writer, is_finite
 from ..models.config_checks import read_generation
 from ..models.families import FAMILIES, tensors_by_block
-from ..models.loading import MODULE_FILES, SIDE_FILES, Model
+from ..models.loading import Model
 from ..models.weight_names import names_on_disk, split_merged
 from ..sites.plan import SitePlan, pack_plan
 from ..sites.site import Tensors
-from .recipe import PLAN_FILE, RECIPE_FILE
+from .recipe import PLAN_FILE
 
 # Keys of the rotary base in older releases, and of that of blocks with a window
 ROPE_KEYS = {"modernbert": "global_rope_theta"}
 LOCAL_ROPE_KEYS = {"gemma3_text": "rope_local_base_freq", "modernbert": "local_rope_theta"}
 
 GENERATION_FILE = "generation_config.json"
+CONFIGS = ("tokenizer_config.json", "processor_config.json", "generation_config.json")  # that can name code
+NAMED = 8  # of the files that are not copied
 
-# Written here, or valid for the source's files only
-NOT_COPIED = {"config.json", RECIPE_FILE}
+log = logging.getLogger(__name__)
 
 
 class FolderWriter:
@@ -97,9 +100,11 @@ class FolderWriter:
         for name, tensor in prune_block(self.source, self.conversion, plan, block).items():
             written = tensor.to(self.layout[name][1])
             if tensor.dtype != written.dtype and is_finite(tensor) and not is_finite(written):
+                narrow, kind = str(written.dtype).removeprefix("torch."), self.source.model_class.__name__
                 raise PrunePeakError(
-                    f"the new values of {name} are too large for {str(written.dtype).removeprefix('torch.')}. Save the "
-                    "model in bfloat16 or float32 first, or try --no-refit."
+                    f"the new values of {name}, which take the constants of the pruned neurons, are too large for "
+                    f"{narrow}; the original's are not. Save it in bfloat16 first ({kind}.from_pretrained(DIR, "
+                    "dtype='bfloat16').save_pretrained(OTHER)), or try --no-refit or another --fill."
                 )
             if name in self._names:
                 self._writer.write(self._names[name], written)
@@ -144,8 +149,10 @@ def write_config(config: PreTrainedConfig, path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_modules(source: Path) -> None:
-    """Refuse modules of sentence-transformers whose weights are pickles only, which are not copied.
+def check_side_files(source: Path) -> None:
+    """Refuse modules of sentence-transformers that are not copied: pickles, and classes of code beside the weights.
+
+    What else is not copied is named, once.
 
     Raises:
         PrunePeakError: such a module; the output would lack it.
@@ -157,14 +164,32 @@ def check_modules(source: Path) -> None:
                     f"{path} is a pickle, which is not copied; expected model.safetensors beside it. Load {source} "
                     "with sentence-transformers and save it again."
                 )
+    custom = [name for name in module_classes(source) if not name.startswith("sentence_transformers.")]
+    if custom:
+        raise PrunePeakError(
+            f"{source / MODULES} names the class {custom[0]!r}, whose code is not copied and never run. Remove the "
+            "file to compress the model without its modules."
+        )
+    others = find_left_behind(source)
+    if others:
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        log.warning("Not copied, because no loader of the model reads it: %s%s.", ", ".join(others[:NAMED]), more)
+
+
+def _remove_code(path: Path) -> None:
+    with suppress(OSError, ValueError):  # broken files are left as they are
+        settings = read_json(path)
+        if isinstance(settings, dict) and settings.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, templates, licence, and the modules of sentence-transformers."""
-    modules = [f"{escape(module)}/**/{pattern}" for module in find_modules(source) for pattern in MODULE_FILES]
-    for pattern in (*SIDE_FILES, *modules):
-        for path in sorted(source.glob(pattern)):
-            if path.relative_to(source).as_posix() not in NOT_COPIED and ".index." not in path.name and path.is_file():
-                copy = folder / path.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+    """Copy what loaders read beside the weights, and the terms of use, without references to code (`auto_map`)."""
+    for name in find_side_files(source):
+        path, copy = source / name, folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        if "/" not in name and name.endswith(CONFIGS):
+            _remove_code(copy)
+    for name in find_modules(source):  # some have no file (Normalize)
+        (folder / name).mkdir(parents=True, exist_ok=True)

@@ -80,9 +80,10 @@ def describe_sites(sites: Sequence[Site], results: Mapping[str, SiteResult]) -> 
 
 def describe_run(source: Model, conversion: Conversion, options: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
     """What was pruned, and how. It holds no dates and times, so that the same command gives the same bytes."""
+    model, revision = source.origin
     return {
         "prune_peak": __version__,
-        "source": {"model": source.label, "revision": source.revision, "digest": source.digest},
+        "source": {"model": model, "revision": revision, "digest": source.digest},
         "options": dict(options),
         "calibration_digest": windows.digest,
         "output_class": conversion.model_class.__name__,

@@ -41,17 +41,32 @@ def find_modules(folder: Path) -> list[str]:
     Raises:
         PrunePeakError: the file is damaged, or names anything but folders beside it.
     """
+    names = [str(module["path"]) for module in _read_modules(folder)]
+    for name in names:
+        if name and (name == ".." or "\\" in name or Path(name).name != name):
+            raise PrunePeakError(
+                f"{folder / MODULES} names the folder {name!r}; expected one beside it. Correct the file."
+            )
+    return [name for name in names if name]  # the model itself has an empty path
+
+
+def module_classes(folder: Path) -> list[str]:
+    """The classes that `modules.json` names, such as `sentence_transformers.models.Pooling`.
+
+    Raises:
+        PrunePeakError: the file is damaged.
+    """
+    return [str(module["type"]) for module in _read_modules(folder) if "type" in module]
+
+
+def _read_modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / MODULES
     try:
-        names = [str(module["path"]) for module in read_json(path)] if os.path.lexists(path) else []
+        return [{"path": module["path"], **module} for module in read_json(path)] if os.path.lexists(path) else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PrunePeakError(
             f"{path} is not a list of modules of sentence-transformers ({brief(error)}). Correct it, or remove it."
         ) from None
-    for name in names:
-        if name and (name == ".." or "\\" in name or Path(name).name != name):
-            raise PrunePeakError(f"{path} names the folder {name!r}; expected one beside it. Correct the file.")
-    return [name for name in names if name]  # the model itself has an empty path
 
 
 def check_file(path: Path) -> None:

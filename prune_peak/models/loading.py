@@ -27,8 +27,9 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..errors import PrunePeakError, brief
 from ..io.checkpoint import Checkpoint, has_weights
+from ..io.side_files import CARD, MODULE_FILES, SIDE_FILES, TERMS_IN_ANY_CASE
 from ..io.tensor_files import digest_tensor
-from ..io.untrusted import TEMPLATES, check_folder, find_modules
+from ..io.untrusted import check_folder, find_modules
 from .config_checks import (
     MOST_BUFFERS,
     build_meta_model,
@@ -46,14 +47,7 @@ from .head_detection import detect_class
 from .miniature import IMAGES as IMAGES  # exported
 from .weight_names import Merged, check_shapes, match_names
 
-# Files that are copied with a checkpoint; not code, pickles or the README
-SIDE_FILES = (
-    *("*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.jinja", "LICENSE*", "NOTICE*"),
-    f"{TEMPLATES}/*.jinja",
-)
-MODULE_FILES = ("*.json", "*.txt", "*.safetensors")  # of the folders that modules.json names
-CARD = "README.md"  # read for the licence
-
+FETCHED = (CARD, "*.json", *SIDE_FILES, *TERMS_IN_ANY_CASE)  # from the Hub
 # Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
 NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
 
@@ -72,7 +66,18 @@ class ModelSpec:
     @property
     def label(self) -> str:
         """The name in published files: the Hub id, or the folder's name without its path."""
-        return self.name if self.revision is not None else self.folder.resolve().name
+        return self.origin[0]
+
+    @property
+    def origin(self) -> tuple[str, str | None]:
+        """The Hub id and the commit, also of a folder in the Hub's cache; else the folder's name and None."""
+        if self.revision is not None:
+            return self.name, self.revision
+        folder = self.folder.resolve()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/"), folder.name
+        return folder.name, None
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
@@ -95,8 +100,10 @@ class ModelSpec:
 
     @property
     def positions(self) -> int | None:
-        """The maximum number of tokens of a window; None if the config sets no limit."""
+        """The maximum number of tokens of a window; None if the config sets no limit (XLNet: -1)."""
         positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        if positions == -1:
+            return None
         for name, module in self.meta_model.named_modules():
             # RoBERTa's positions start after the padding index
             if positions and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
@@ -234,9 +241,9 @@ def open_model(name: str, revision: str | None = None) -> Model:
     Raises:
         PrunePeakError: the model cannot be found, is not supported, or config and weights do not match.
     """
-    folder, commit = _locate(name, revision, [*SIDE_FILES, CARD, "*.safetensors"])
+    folder, commit = _locate(name, revision, [*FETCHED, "*.safetensors"])
     if commit is not None and not any(folder.glob("*.safetensors")):
-        folder, commit = _locate(name, commit, [*SIDE_FILES, CARD, "pytorch_model*.bin"])
+        folder, commit = _locate(name, commit, [*FETCHED, "pytorch_model*.bin"])
     modules = find_modules(folder)
     if commit is not None and modules:
         patterns = [f"{escape(module)}/{pattern}" for module in modules for pattern in (*MODULE_FILES, "*.bin")]
@@ -308,6 +315,11 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
         raise PrunePeakError(
             f"{path} is not a valid {raw['model_type']} config: {brief(error)}. Correct the config."
         ) from None
+    if not spec.sees_images and getattr(config, "vocab_size", None) is None:
+        raise PrunePeakError(
+            f"{folder} is a multimodal wrapper ({raw['model_type']}); expected a vocab_size in its config, or images "
+            "alone. Save its language model separately and prune that."
+        )
     tables = sum(buffer.numel() * buffer.itemsize for buffer in meta_model.buffers())
     if tables > MOST_BUFFERS:
         raise PrunePeakError(

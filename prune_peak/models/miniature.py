@@ -157,8 +157,18 @@ def make_inputs(model: PreTrainedModel, rows: int = 2, length: int = 12) -> dict
         channels = getattr(config, "num_channels", 3)
         return {IMAGES: torch.randn(rows, channels, height, width, generator=generator)}
     vocabulary = model.config.get_text_config().vocab_size
-    name = type(model).__name__
-    if name.endswith("SequenceClassification") and model.config.pad_token_id is None:
-        rows = 1  # it takes one text at a time
-    shape = (rows, 2, length) if name.endswith("ForMultipleChoice") else (rows, length)
-    return {"input_ids": torch.randint(6, vocabulary, shape, generator=generator)}
+    if takes_one_text(type(model), model.config):
+        rows = 1
+    shape = (rows, 2, length) if takes_choices(type(model)) else (rows, length)
+    return {"input_ids": torch.randint(min(6, vocabulary - 1), vocabulary, shape, generator=generator)}
+
+
+def takes_choices(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a head takes several texts at a time, (questions, choices, tokens)."""
+    return model_class.__name__.endswith("ForMultipleChoice")
+
+
+def takes_one_text(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether a head takes one text at a time: a decoder's classifier looks for the last token before padding."""
+    pad_token = getattr(config.get_text_config(), "pad_token_id", None)
+    return model_class.__name__.endswith("ForSequenceClassification") and pad_token is None

@@ -60,7 +60,8 @@ def is_streamable(model: PreTrainedModel, blocks: nn.ModuleList, inputs: Mapping
     """Whether the blocks of a model can run one by one, with inputs recorded without them, and give the same outputs.
 
     A whole pass is compared: every block is called once, on what the block before it returned, with the arguments that
-    are recorded without the blocks.
+    are recorded without the blocks; and returns the same with those that are recorded without the head, too
+    (Longformer's classifier attends to one token more).
     """
     model.config.use_cache = False
     with _watched(blocks) as calls:
@@ -68,7 +69,7 @@ def is_streamable(model: PreTrainedModel, blocks: nn.ModuleList, inputs: Mapping
     if sorted(calls) != list(range(len(blocks))) or any(len(each) != 1 for each in calls.values()):
         return False
     real = [calls[index][0] for index in range(len(blocks))]
-    states = [call.output[0] if isinstance(call.output, tuple) else call.output for call in real]
+    states = [_state(call.output) for call in real]
     in_tuple = isinstance(real[0].output, tuple)
     if any(isinstance(call.output, tuple) != in_tuple for call in real):
         return False
@@ -80,9 +81,14 @@ def is_streamable(model: PreTrainedModel, blocks: nn.ModuleList, inputs: Mapping
         for index, recorder in enumerate(recorders):
             blocks[index] = recorder
         model.base_model(**inputs)
-        hidden = [recorder.hidden for recorder in recorders]
+        hidden, recorded = [recorder.hidden for recorder in recorders], [recorder.call for recorder in recorders]
         recorders[-1].output = states[-1]
         outputs = model(**inputs)
+        again = [
+            _state(block(each.hidden, *call.args, **call.kwargs))
+            for block, each, call in zip(originals, real, recorded, strict=True)
+            if call is not None
+        ]
     except Exception:  # the model needs more of its blocks than what recorders give
         return False
     finally:
@@ -90,12 +96,12 @@ def is_streamable(model: PreTrainedModel, blocks: nn.ModuleList, inputs: Mapping
             blocks[index] = block
     if any(state is not hidden[0] for state in hidden) or not _equal(hidden[0], real[0].hidden):
         return False
-    recorded = [recorder.call for recorder in recorders]
+    with_head = [recorder.call for recorder in recorders]
     same = all(
         call is not None and _equal((call.args, call.kwargs), (each.inputs.args, each.inputs.kwargs))
-        for call, each in zip(recorded, real, strict=True)
+        for call, each in zip(with_head, real, strict=True)
     )
-    return same and _equal(_first(outputs), _first(expected))
+    return same and _equal(again, states) and _equal(_first(outputs), _first(expected))
 
 
 @contextmanager
@@ -111,6 +117,10 @@ def _watched(blocks: nn.ModuleList) -> Iterator[dict[int, list[_Call]]]:
 
             hooks.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
         yield calls
+
+
+def _state(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _first(output: Any) -> Any:

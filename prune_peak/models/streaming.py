@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunePeakError
 from ..io.tensor_files import tensor_bytes
-from .bfloat16 import factor_type, fast_products
+from .bfloat16 import factor_type
 from .execution import CPU, ExecutionConfig
 from .families import blocks_path, find_blocks
+from .forward import run
 from .loading import Model
 from .recording import BlockInputs, InputRecorder, StopForward
 from .stream import Batch, Step, Stream
@@ -100,6 +101,7 @@ class BlockRun(Step):
 
     index: int
     block: nn.Module
+    _source: Model
     _states: HiddenStates
     _calls: Sequence[BlockInputs]
     _device: torch.device
@@ -131,8 +133,7 @@ class BlockRun(Step):
         if self._device.type != "cpu":
             call = BlockInputs(_to_device(call.args, self._device), _to_device(call.kwargs, self._device))
             hidden = _to_device(hidden, self._device)
-        with fast_products():
-            output = self.block(hidden, *call.args, **call.kwargs)
+        output = run(self._source, self.block, hidden, *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
@@ -191,8 +192,7 @@ class BlockStream(Stream):
         self._in_tuple = self._returns_tuple()
         with self._recording() as recorders, self._outer_weights(body):
             for batch in self._batches:
-                with fast_products():
-                    body(**{name: _as_rows(values) for name, values in batch.items()})
+                run(self.source, body, **{name: _as_rows(values) for name, values in batch.items()})
                 assert recorders[0].hidden is not None
                 self._states.append(recorders[0].hidden)
                 if any(recorder.hidden is not recorders[0].hidden for recorder in recorders):
@@ -209,7 +209,7 @@ class BlockStream(Stream):
                 if index + 1 < self.blocks:
                     following = _parameters(self._blocks[index + 1], f"{self._path}.{index + 1}")
                     self.source.read_ahead([name for name, *_ in following])
-                step = BlockRun(index, block, self._states, calls[index], self._device, weights.close)
+                step = BlockRun(index, block, self.source, self._states, calls[index], self._device, weights.close)
                 yield step
                 if not step.ran:
                     deque(step.run(), maxlen=0)
@@ -217,13 +217,13 @@ class BlockStream(Stream):
     def _returns_tuple(self) -> bool:
         """Whether blocks return tuples; runs the first one on a few tokens or one image."""
         body = self.model.base_model
-        with self._recording() as recorders, self._outer_weights(body), fast_products(), suppress(StopForward):
-            body(**{name: _shorten(values) for name, values in self._batches[0].items()})
+        with self._recording() as recorders, self._outer_weights(body), suppress(StopForward):
+            run(self.source, body, **{name: _shorten(values) for name, values in self._batches[0].items()})
         hidden, call = recorders[0].hidden, recorders[0].call
         assert hidden is not None
         assert call is not None
-        with self._weights(f"{self._path}.0", self._blocks[0]), fast_products():
-            return isinstance(self._blocks[0](hidden, *call.args, **call.kwargs), tuple)
+        with self._weights(f"{self._path}.0", self._blocks[0]):
+            return isinstance(run(self.source, self._blocks[0], hidden, *call.args, **call.kwargs), tuple)
 
     @torch.inference_mode()
     def outputs(self) -> Iterator[Any]:
@@ -231,9 +231,7 @@ class BlockStream(Stream):
         with self._recording() as recorders, self._outer_weights(self.model):
             for number, batch in enumerate(self._batches):
                 recorders[-1].output = self._states[number]
-                with fast_products():
-                    output = self.model(**batch)
-                yield output
+                yield run(self.source, self.model, **batch)
 
     @contextmanager
     def _recording(self) -> Iterator[list[InputRecorder]]:

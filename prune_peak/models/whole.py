@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .bfloat16 import fast_products
 from .execution import ExecutionConfig
 from .families import find_blocks
+from .forward import run
 from .loading import Model
+from .miniature import takes_choices, takes_one_text
 from .stream import Batch, Step, Stream
 from .streaming import BlockStream
 
@@ -25,6 +26,7 @@ BLOCKS_AT_ONCE = 12  # whose sites are measured in one pass
 class WholeRun(Step):
     """A pass of the whole model over all batches, in which the sites of some blocks are measured."""
 
+    source: Model
     model: PreTrainedModel
     covered: range
     _batches: Sequence[Batch]
@@ -38,7 +40,7 @@ class WholeRun(Step):
         for batch, mask in zip(self._batches, masks or [None] * len(self._batches), strict=True):
             shape = next(iter(batch.values())).shape
             if shape not in self._counted:
-                self._counted[shape] = _count_rows(self.model, batch)
+                self._counted[shape] = _count_rows(self.source, self.model, batch)
             rows = self._counted[shape][name]
             if mask is not None and rows % mask.numel() == 0:
                 rows = rows // mask.numel() * int(mask.sum())
@@ -50,8 +52,7 @@ class WholeRun(Step):
         """Yield each batch's index, then run the model on it."""
         for number, batch in enumerate(self._batches):
             yield number
-            with fast_products():
-                self.model(**batch)
+            run(self.source, _for_windows(self.model), **batch)
 
 
 class WholeStream(Stream):
@@ -72,7 +73,7 @@ class WholeStream(Stream):
     def steps(self) -> Iterator[WholeRun]:
         """Yield a pass for every few blocks; nothing runs unless the caller runs it."""
         for covered in self._groups:
-            yield WholeRun(self.model, covered, self._batches)
+            yield WholeRun(self.source, self.model, covered, self._batches)
 
     def follows(self, block: int) -> bool:
         return False
@@ -80,9 +81,7 @@ class WholeStream(Stream):
     @torch.inference_mode()
     def outputs(self) -> Iterator[Any]:
         for batch in self._batches:
-            with fast_products():
-                output = self.model(**batch)
-            yield output
+            yield run(self.source, self.model, **batch)
 
 
 def open_stream(
@@ -96,8 +95,14 @@ def open_stream(
     return kind(source, batches, dtype, execution)
 
 
+def _for_windows(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that takes a batch of windows: without a head that wants another form."""
+    alone: PreTrainedModel = model.base_model
+    return alone if takes_choices(type(model)) or takes_one_text(type(model), model.config) else model
+
+
 @torch.inference_mode()
-def _count_rows(model: PreTrainedModel, batch: Batch) -> Counter[str]:
+def _count_rows(source: Model, model: PreTrainedModel, batch: Batch) -> Counter[str]:
     """The rows that every matrix reads, by the path of its module."""
     rows: Counter[str] = Counter()
     with ExitStack() as hooks:
@@ -108,5 +113,5 @@ def _count_rows(model: PreTrainedModel, batch: Batch) -> Counter[str]:
                     rows[name] += args[0].shape[:-1].numel()
 
                 hooks.callback(module.register_forward_pre_hook(count).remove)
-        model(**batch)
+        run(source, _for_windows(model), **batch)
     return rows

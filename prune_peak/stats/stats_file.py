@@ -87,8 +87,8 @@ class Statistics:
                 return SiteStats(site, stats, use=use)
             kind = SplitGram if GROUPS[SplitGram] in parts else ActivationBuffer
             accumulator = kind.from_tensors(parts[GROUPS[kind]], site.neurons)
-            power = parts["power"]["median"].item()
-            if not 0 < power < math.inf:
+            power = parts["power"]["median"].item() if "power" in parts else None  # of a model that ran whole
+            if power is not None and not 0 < power < math.inf:
                 raise ValueError(f"the power of the hidden states is {power}")
             outputs = tuple(Moments.from_tensors(parts[name], site.neurons) for name in site.observed_outputs)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -131,7 +131,8 @@ def _to_tensors(measured: SiteStats) -> dict[str, Tensor]:
         parts["use"] = {name: value for name, value in vars(measured.use).items() if value is not None}
     if measured.accumulator is not None:
         parts[GROUPS[type(measured.accumulator)]] = measured.accumulator.to_tensors()
-        parts["power"] = {"median": torch.tensor(measured.power, dtype=torch.float64)}
+        if measured.power is not None:
+            parts["power"] = {"median": torch.tensor(measured.power, dtype=torch.float64)}
         parts |= zip(measured.site.observed_outputs, map(vars, measured.outputs), strict=True)
     return {f"{part}/{name}": value for part, fields in parts.items() for name, value in fields.items()}
 
