@@ -10,7 +10,7 @@ from typing import Any
 
 from .conversion.layout import Conversion
 from .data.chat import find_template
-from .errors import VerificationError
+from .errors import VerificationError, spell
 from .evaluation.quality import EvalResult, build_held_out_eval_set, check_collapse, measure_quality
 from .evaluation.talk import ASKED, Talk, describe_talk, measure_talk, read_prompts, warn_of_talk
 from .export.card import write_card
@@ -233,7 +233,8 @@ def _warn_few_tokens(job: Job, results: Mapping[str, SiteResult]) -> None:
     others = {result.score for result in results.values()} - {job.options.score}
     if others:
         log.warning(
-            "Some sites have more neurons than there are tokens: %s chose their neurons, not %s. Pass more --samples.",
+            "Some sites have more neurons than there are tokens: %s chose their neurons, not %s. Pass more %s.",
             " ".join(others),
             job.options.score,
+            spell("samples"),
         )

@@ -9,7 +9,7 @@ from typing import Any
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
 from .data.windows import name_data
-from .errors import UsageError
+from .errors import UsageError, spell
 from .evaluation.quality import EvalSet, build_given_eval_set
 from .export.folder import check_modules
 from .export.recipe import VERSIONS
@@ -93,7 +93,7 @@ def prepare(model: str, options: CompressOptions) -> Job:
         eval_set = build_given_eval_set(source, options.evaluate, options.sequence_length)
     folder = Path(options.output or f"{Path(model).resolve().name}-peak-{options.label}")
     if source.folder.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"--output {folder} contains the model itself; choose another.")
+        raise UsageError(f"{spell('output', folder)} contains the model itself; choose another.")
     execution = plan_execution(source, workload, options.max_memory, options.device)
     conversion = convert(source, sites, allocations[0], options.output_class)
     check_tokenizer(source, conversion)

@@ -6,7 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UsageError
+from .errors import UsageError, spell
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,7 +54,7 @@ class Options:
                 value = None if value is None else tuple(str(v) if isinstance(v, Path) else v for v in value)
                 object.__setattr__(self, item.name, value)
                 if value == () and item.metadata["parse"] == "data":
-                    raise UsageError(f"{flag(item.name)}: expected at least one data set.")
+                    raise UsageError(f"{spell(item.name)}: expected at least one data set.")
             _check(item, value)
 
 
@@ -64,11 +64,11 @@ def _check(item: "Field[Any]", value: Any) -> None:
         if part is None:
             continue
         if choices is not None and part not in choices():
-            raise UsageError(f"{flag(item.name)} {part}: expected one of {', '.join(choices())}.")
+            raise UsageError(f"{spell(item.name, part)}: expected one of {', '.join(choices())}.")
         if least is not None and not part >= least:  # NaN is refused
-            raise UsageError(f"{flag(item.name)} {part}: expected at least {least}.")
+            raise UsageError(f"{spell(item.name, part)}: expected at least {least}.")
         if most is not None and not part <= most:
-            raise UsageError(f"{flag(item.name)} {part}: expected at most {most}.")
+            raise UsageError(f"{spell(item.name, part)}: expected at most {most}.")
 
 
 def takes(kind: type[Options]) -> Callable[[Function], Function]:

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, spell
 from .option_fields import Options, option
 
 SELF = "self"  # the data that the model generates itself
@@ -99,13 +99,22 @@ class Budget(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if sum(value is not None for value in (self.ratio, self.target_params, self.target_bytes)) != 1:
-            raise UsageError("pass one of --ratio, --target-params and --target-bytes: how much to prune.")
+            raise UsageError(
+                f"pass one of {spell('ratio')}, {spell('target_params')} and {spell('target_bytes')}: how much to "
+                "prune."
+            )
         if self.keep_shape and self.ratio is None:
-            raise UsageError("--keep-shape saves nothing, so it cannot reach a target; pass --ratio.")
+            raise UsageError(
+                f"{spell('keep_shape', True)} saves nothing, so it cannot reach a target; pass {spell('ratio')}."
+            )
         if self.target_params is not None and not 0 < self.target_params < 1:
-            raise UsageError(f"--target-params {self.target_params}: expected a share between 0 and 1, e.g. 0.8.")
+            raise UsageError(
+                f"{spell('target_params', self.target_params)}: expected a share between 0 and 1, e.g. 0.8."
+            )
         if self.sites and isinstance(self.ratio, Mapping) and set(self.sites) != set(self.ratio):
-            raise UsageError(f"--ratio names {', '.join(self.ratio)}, but --sites names {', '.join(self.sites)}.")
+            raise UsageError(
+                f"{spell('ratio')} names {', '.join(self.ratio)}, but {spell('sites')} names {', '.join(self.sites)}."
+            )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -148,7 +157,10 @@ class PruningOptions(SeedOptions):
         if self.score is None:
             object.__setattr__(self, "score", ELIMINATION if self.refit else DEVIATION)
         if self.score == ELIMINATION and not self.refit:
-            raise UsageError(f"--score {ELIMINATION} requires the refit. Remove --no-refit, or choose another --score.")
+            raise UsageError(
+                f"{spell('score', ELIMINATION)} requires the refit. Remove {spell('refit', False)}, or choose another "
+                f"{spell('score')}."
+            )
 
     @property
     def needs_covariances(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from .data.windows import name_data, window_length
-from .errors import PrunePeakError, UsageError, VerificationError
+from .errors import PrunePeakError, UsageError, VerificationError, spell
 from .evaluation.divergence import Distance, measure_distance
 from .export.card import write_card
 from .export.digests import digest_files
@@ -153,7 +153,7 @@ def heal(folder: str | Path, **options: Any) -> HealResult | None:
         if after.kl >= before[1].kl:
             raise PrunePeakError(
                 f"{folder} does not get better by this: the divergence on held-out windows of {data.source} was "
-                f"{before[1].kl:.4f} and is {after.kl:.4f}. Nothing was written. Pass more or other --data."
+                f"{before[1].kl:.4f} and is {after.kl:.4f}. Nothing was written. Pass more or other {spell('data')}."
             )
         recipe = _describe(job, data, before, after) | {"tensors": digests}
         verification = _finish(job, run.checkpoint, recipe, data)
@@ -197,7 +197,9 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
     """
     recipe = read_recipe(folder)
     if "healing" in recipe:
-        raise UsageError(f"{folder} is healed already. Heal the folder that compress wrote, with more --tokens.")
+        raise UsageError(
+            f"{folder} is healed already. Heal the folder that compress wrote, with more {spell('tokens')}."
+        )
     model = open_model(str(folder))
     if not model.meta_model.can_generate():
         raise PrunePeakError(
@@ -207,7 +209,7 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
     data = options.data or _data_of(folder, recipe)
     output = Path(options.output or f"{folder.resolve().parent / folder.resolve().name}-healed")
     if folder.resolve().is_relative_to(output.resolve()) or original.folder.resolve().is_relative_to(output.resolve()):
-        raise UsageError(f"--output {output} contains the model itself; choose another.")
+        raise UsageError(f"{spell('output', output)} contains the model itself; choose another.")
     device = find_device(options.device)
     budget = options.max_memory or int(MACHINE_SHARE * physical_memory())
     length = window_length(original, recipe["options"]["sequence_length"])
@@ -218,10 +220,11 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
     }
     fitting = [choice for choice, need in needs.items() if need <= budget or device.type != PROCESSOR]
     if not fitting:
+        lora = spell("method", LORA)
         method, tokens = min(needs, key=lambda choice: needs[choice])
         raise PrunePeakError(
             f"to heal {folder} by {method} needs {gigabytes(needs[method, tokens])} of memory; the budget is "
-            f"{gigabytes(budget)}. Pass a larger --max-memory{'' if method == LORA else ', or --method lora'}."
+            f"{gigabytes(budget)}. Pass a larger {spell('max_memory')}{'' if method == LORA else f', or {lora}'}."
         )
     method, tokens = fitting[0]
     memory = needs[method, tokens]
@@ -232,10 +235,14 @@ def _open_original(folder: Path, recipe: Mapping[str, Any], options: HealOptions
     source = recipe["source"]
     name = options.original or (source["model"] if source["revision"] else None)
     if name is None:
-        raise UsageError(f"{folder} was compressed from a local folder, {source['model']}; pass --original DIR.")
+        raise UsageError(
+            f"{folder} was compressed from a local folder, {source['model']}; pass {spell('original', 'DIR')}."
+        )
     original = open_model(name, options.revision or (None if options.original else source["revision"]))
     if original.digest != source["digest"]:
-        raise PrunePeakError(f"{name} is not the model that {folder} was compressed from. Pass that with --original.")
+        raise PrunePeakError(
+            f"{name} is not the model that {folder} was compressed from. Pass that with {spell('original')}."
+        )
     return original
 
 
@@ -243,7 +250,10 @@ def _data_of(folder: Path, recipe: Mapping[str, Any]) -> str:
     names: list[str] = recipe["options"]["calibration"]
     if names == [SELF] or Path(names[0]).is_file() or "/" in names[0]:
         return names[0]
-    raise UsageError(f"{folder} was calibrated on {names[0]}, which is not here; pass --data FILE, or --data self.")
+    raise UsageError(
+        f"{folder} was calibrated on {names[0]}, which is not here; pass {spell('data', 'FILE')}, or "
+        f"{spell('data', SELF)}."
+    )
 
 
 def _prepare_data(job: HealJob, path: Path) -> HealingData:
@@ -253,10 +263,10 @@ def _prepare_data(job: HealJob, path: Path) -> HealingData:
     data = load_data(path)
     if data.tokens < job.options.tokens * ENOUGH:
         log.warning(
-            "%s has %d tokens to learn on, fewer than --tokens %d: they are learned %.1f times.",
+            "%s has %d tokens to learn on, fewer than %s: they are learned %.1f times.",
             data.source,
             data.tokens,
-            job.options.tokens,
+            spell("tokens", job.options.tokens),
             job.options.tokens / data.tokens,
         )
     return data

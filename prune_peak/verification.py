@@ -17,7 +17,7 @@ import transformers
 
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
-from .errors import PrunePeakError
+from .errors import PrunePeakError, spell
 from .evaluation.divergence import measure_distance
 from .export.digests import changed_files, changed_tensors
 from .export.folder import prune_block
@@ -192,7 +192,9 @@ def _check_healing(
     elif data is not None:
         rows = choose_data(original, recipe, data, healing["tokens"], healing["seed"]).held_out
     else:
-        log.warning("The held-out windows are not measured again: pass the text %s with --data.", healing["data"])
+        log.warning(
+            "The held-out windows are not measured again: pass the text %s with %s.", healing["data"], spell("data")
+        )
         return
     batches = into_batches(rows, CPU)
     found, told = (

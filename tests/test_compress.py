@@ -326,6 +326,29 @@ def test_nan_weights_are_refused_and_nothing_stays(tmp_path: Path, text: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
 
 
+def test_an_empty_output_folder_is_used(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    result = run(
+        "compress",
+        f"{EXAMPLES / 'opt-mini'}/",
+        "--ratio",
+        0.3,
+        "--output",
+        f"{tmp_path / 'cut'}/",
+        "--calibration",
+        text,
+        "--samples",
+        2,
+        "--sequence-length",
+        32,
+        "--no-refit",
+        "-q",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "cut" / "prune_peak.json").read_text())["source"]["model"] == "opt-mini"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
+
+
 def test_an_output_that_exists_is_not_touched(tmp_path: Path, text: Path) -> None:
     output = tmp_path / "cut"
     output.mkdir()

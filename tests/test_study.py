@@ -365,7 +365,7 @@ def test_image_classifier_is_evaluated_on_labels(tmp_path: Path) -> None:
     rows = {(row["site"], row["fill"], row["fraction"]): row for row in study.measurements}
     assert rows["mlp", "zero", 0.0]["top1"] > 0.8
     assert rows["mlp", "resample", 0.6]["cross_entropy"] > rows["mlp", "resample", 0.0]["cross_entropy"]
-    with pytest.raises(PrunePeakError, match="pass a folder of labelled images with --data"):
+    with pytest.raises(PrunePeakError, match="pass a folder of labelled images with data"):
         ablate(VIT, tmp_path / "other")
     with pytest.raises(PrunePeakError, match="is not a folder; expected images as"):
         ablate(VIT, tmp_path / "other", data=__file__)

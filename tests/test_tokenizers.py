@@ -159,7 +159,7 @@ def test_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     folder = BY_NAME["mistral"].save(tmp_path / "source")
     (folder / "tokenizer.model").write_bytes(b"damaged")
     source = open_model(str(folder))
-    with pytest.raises(PrunePeakError, match=r"cannot be loaded .* --output-class own"):
+    with pytest.raises(PrunePeakError, match=r"cannot be loaded .* output_class='own'"):
         check_tokenizer(source, convert(source))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..errors import LostProcessError, PrunePeakError, UsageError, one_line
+from ..errors import LostProcessError, PrunePeakError, UsageError, one_line, spelled_as_options
 from ..version import __version__
 from .commands import COMMANDS
 from .logs import configure_logging
@@ -24,7 +24,7 @@ class Group(click.Group):
     """Maps the errors of the library to one `Error:` line and an exit code; other errors keep their traceback."""
 
     def invoke(self, context: click.Context) -> Any:
-        with _noting_interrupts() as interrupts:
+        with _noting_interrupts() as interrupts, spelled_as_options():
             try:
                 return self._invoke(context)
             except (Exception, KeyboardInterrupt) as error:
@@ -40,7 +40,8 @@ class Group(click.Group):
                 return self._invoke_together(context)
             return super().invoke(context)
         except UsageError as error:
-            raise click.UsageError(str(error), context) from None
+            name = context.invoked_subcommand or ""
+            raise click.UsageError(str(error), click.Context(self.commands[name], context, name)) from None
         except PrunePeakError as error:
             raise click.ClickException(str(error)) from None
         except click.ClickException as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from ..errors import PrunePeakError, brief
+from ..errors import PrunePeakError, brief, spell
 from ..models.loading import IMAGES, Model
 from ..options import SELF
 from .windows import Windows, name_data
@@ -45,7 +45,7 @@ def choose_images(name: str, source: Model, samples: int, seed: int) -> Windows:
     if name == SELF:
         raise PrunePeakError(
             f"{source.name} takes images, which it cannot generate: pass a folder of images, or a Hub data set, with "
-            "--calibration."
+            f"{spell('calibration')}."
         )
     folder = Path(name)
     if os.path.isdir(name):
@@ -55,7 +55,7 @@ def choose_images(name: str, source: Model, samples: int, seed: int) -> Windows:
     else:
         pixels = _to_pixels(source, read_data_set(name, samples, seed))
     if len(pixels) < FEWEST:
-        raise PrunePeakError(f"{name} has {len(pixels)} image; expected at least {FEWEST} (--samples).")
+        raise PrunePeakError(f"{name} has {len(pixels)} image; expected at least {FEWEST} ({spell('samples')}).")
     return Windows(source=name_data(name), calibration=pixels, held_out=pixels[:0])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.loading import Model
 from ..options import SELF
 from .images import choose_images
@@ -24,7 +24,7 @@ def sample_windows(model: Model, data: Sequence[str], samples: int, sequence_len
     """
     shares = split_samples(samples, len(data))
     if 0 in shares:
-        raise UsageError(f"--samples {samples}: expected at least one for each of the {len(data)} data sets.")
+        raise UsageError(f"{spell('samples', samples)}: expected at least one for each of the {len(data)} data sets.")
     parts: dict[int, Windows] = {}
     for number in sorted(range(len(data)), key=lambda number: data[number] == SELF):  # reading fails sooner
         parts[number] = _sample_one(model, data[number], shares[number], sequence_length, seed, len(data) > 1)
@@ -44,10 +44,10 @@ def _sample_one(model: Model, name: str, samples: int, sequence_length: int, see
     found = len(windows.calibration)
     if found < samples and strict:
         raise PrunePeakError(
-            f"{name} has {found} {what}; expected {samples}, as of each data set. Pass a smaller --samples."
+            f"{name} has {found} {what}; expected {samples}, as of each data set. Pass a smaller {spell('samples')}."
         )
     if found < samples:
-        log.warning("%s has %d %s, fewer than --samples %d; all are used.", name, found, what, samples)
+        log.warning("%s has %d %s, fewer than %s; all are used.", name, found, what, spell("samples", samples))
     return windows
 
 
@@ -80,7 +80,7 @@ def split_windows(model: Model, name: str, measured: int, scored: int, length: i
     if found < 2:
         raise PrunePeakError(
             f"{name} has {found} window of {length} tokens; expected at least 2, one to calibrate and one to evaluate. "
-            "Pass a longer text or a smaller --sequence-length."
+            f"Pass a longer text or a smaller {spell('sequence_length')}."
         )
     if found < wanted:
         scored = min(scored, found // 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..io.tensor_files import load_tensors, save_tensors
 from ..models.bfloat16 import fast_products
 from ..models.loading import Model
@@ -68,14 +68,17 @@ def generate_tokens(model: Model, count: int, length: int, seed: int) -> Tensor:
     """
     if not model.meta_model.can_generate():
         raise PrunePeakError(
-            f"{model.name} is a {model.model_class.__name__}, which generates no text; pass a text with --calibration."
+            f"{model.name} is a {model.model_class.__name__}, which generates no text; pass a text with "
+            f"{spell('calibration')}."
         )
     if length < 3:
-        raise UsageError(f"--sequence-length {length}: expected at least 3 for text that the model generates.")
+        raise UsageError(f"{spell('sequence_length', length)}: expected at least 3 for text that the model generates.")
     tokenizer, vocabulary = load_tokenizer(model), model.config.vocab_size
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise PrunePeakError(f"{model.name}: the tokenizer has neither BOS nor EOS; pass a text with --calibration.")
+        raise PrunePeakError(
+            f"{model.name}: the tokenizer has neither BOS nor EOS; pass a text with {spell('calibration')}."
+        )
     check_vocabulary(model, first)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(min(len(tokenizer), vocabulary)) if token not in special])

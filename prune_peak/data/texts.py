@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import PrunePeakError, brief
+from ..errors import PrunePeakError, brief, spell
 from ..models.loading import Model
 from .text_files import LONGEST_TEXT, Record, read_records
 
@@ -99,7 +99,7 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     if not windows:
         raise PrunePeakError(
             f"{name} has {len(tokens)} tokens, fewer than one window of {length}. Pass a longer text or a smaller "
-            "--sequence-length."
+            f"{spell('sequence_length')}."
         )
     return torch.tensor(windows)
 

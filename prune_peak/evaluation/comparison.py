@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.texts import load_tokenizer, special_tokens
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
@@ -74,7 +74,7 @@ def evaluate(models: Sequence[str], data: Sequence[str] | str | Path, **options:
     """
     given = EvaluateOptions(data=data, **options)  # type: ignore[arg-type]  # one type of sequence is made of all
     if not given.data:
-        raise UsageError("nothing to evaluate on; pass --data DATA.")
+        raise UsageError(f"nothing to evaluate on; pass {spell('data', 'DATA')}.")
     sources = [open_model(model, given.revision) for model in models]
     names = given.data
     eval_sets = [

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from ..data.images import read_labelled
 from ..data.texts import load_tokenizer, read_windows
 from ..data.windows import BATCH_IMAGES, IGNORED, Windows, into_batches, join, name_data, window_length
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.execution import ExecutionConfig
 from ..models.loading import Model
 from ..models.stream import Batch
@@ -176,7 +176,7 @@ def evaluate_model(
     if not bool(scores.losses.isfinite().all()):
         raise PrunePeakError(
             f"the outputs of {model.name} are not finite in {str(stream.dtype).removeprefix('torch.')} on "
-            f"{eval_set.text}. Pass --dtype float32, or check the source checkpoint."
+            f"{eval_set.text}. Pass {spell('dtype', 'float32')}, or check the source checkpoint."
         )
     return scores
 

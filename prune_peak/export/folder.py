@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..conversion.layout import Conversion
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..io.tensor_files import save_tensors
 from ..io.untrusted import find_modules
 from ..io.writer import Writer, is_finite
@@ -99,7 +99,7 @@ class FolderWriter:
             if tensor.dtype != written.dtype and is_finite(tensor) and not is_finite(written):
                 raise PrunePeakError(
                     f"the new values of {name} are too large for {str(written.dtype).removeprefix('torch.')}. Save the "
-                    "model in bfloat16 or float32 first, or try --no-refit."
+                    f"model in bfloat16 or float32 first, or try {spell('refit', False)}."
                 )
             if name in self._names:
                 self._writer.write(self._names[name], written)

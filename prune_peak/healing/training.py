@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.windows import IGNORED
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..evaluation.divergence import divergence, measure_distance
 from ..options import LORA
 from .windows import HealingData, Row
@@ -164,7 +164,9 @@ def _add_adapters(model: PreTrainedModel) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise PrunePeakError("--method lora needs the package peft: pip install 'prune-peak[lora]'.") from None
+        raise PrunePeakError(
+            f"{spell('method', 'lora')} needs the package peft: pip install 'prune-peak[lora]'."
+        ) from None
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
 
 

@@ -14,7 +14,7 @@ from ..data.sampling import sample_windows
 from ..data.self_generated import PASSAGE, generate_tokens
 from ..data.texts import read_windows
 from ..data.windows import IGNORED, Windows, name_data, window_length
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..io.tensor_files import load_tensors, save_tensors
 from ..models.loading import Model
 from ..options import SELF
@@ -92,7 +92,8 @@ def choose_data(original: Model, recipe: Mapping[str, Any], data: str, tokens: i
     if not len(train):
         raise PrunePeakError(
             f"{data} has {len(windows)} windows of {length} tokens besides those of the calibration; expected at least "
-            "2, one to train on and one to measure on. Pass a longer text with --data, or --data self."
+            f"2, one to train on and one to measure on. Pass a longer text with {spell('data')}, or "
+            f"{spell('data', SELF)}."
         )
     rows = [_row(window) for window in windows]
     return HealingData(name_data(data), [rows[n] for n in train], [rows[n] for n in order[:held]])

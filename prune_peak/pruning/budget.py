@@ -9,7 +9,7 @@ import numpy
 from transformers import PreTrainedModel
 
 from ..conversion.choice import choose_conversion
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.loading import ModelSpec
 from ..options import Budget
 from ..sites.site import Site
@@ -59,7 +59,7 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
     if not widths:
         raise PrunePeakError(
             f"multiples of {steps[last]} of {first[last].neurons} neurons would keep none. Choose a smaller "
-            "--multiple-of."
+            f"{spell('multiple_of')}."
         )
     most = _most_parameters(spec, budget)
     allocations = []
@@ -73,7 +73,7 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
         least = parameters({kind: steps[kind] for kind in first})
         raise PrunePeakError(
             f"the target cannot be reached: with one unit left at every site, {least:,} parameters remain. Choose a "
-            "larger target, or prune both kinds (--sites mlp,attention)."
+            f"larger target, or prune both kinds ({spell('sites', ('mlp', 'attention'))})."
         )
     return allocations
 
@@ -135,6 +135,6 @@ def kept_width(width: int, ratio: float, step: int) -> int:
     if not 0 < kept < width:
         raise PrunePeakError(
             f"ratio {ratio} of {width} neurons, in multiples of {step}, would "
-            f"{'keep none' if kept == 0 else 'prune none'}. Choose another ratio, or a smaller --multiple-of."
+            f"{'keep none' if kept == 0 else 'prune none'}. Choose another ratio, or a smaller {spell('multiple_of')}."
         )
     return kept

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.families import Family, blocks_path, find_blocks
 from ..options import HEAD
 from .attention import Attention
@@ -42,7 +42,7 @@ def find_sites(
     """
     for label in wanted:
         if label not in labels():
-            raise UsageError(f"--sites {label}: expected {', '.join(labels())}, or several with commas.")
+            raise UsageError(f"{spell('sites', label)}: expected {', '.join(labels())}, or several with commas.")
     kinds = [kind for kind in SITE_KINDS if kind.label in wanted and kind.applies(unit, keep_shape)]
     for kind in kinds:
         kind.check(model, family)

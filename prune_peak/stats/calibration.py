@@ -9,7 +9,7 @@ import torch
 
 from ..data.sampling import sample_windows
 from ..data.windows import Windows, name_data
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..memory import estimate_workload, plan_execution
 from ..models.execution import DTYPES, ExecutionConfig, default_dtype
 from ..models.loading import Model, open_model
@@ -39,9 +39,11 @@ def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
     given = CalibrateOptions(output=output, **options)
     path, covariances = Path(output), given.covariances
     if path.is_dir():
-        raise UsageError(f"--output {path} is a folder; expected a file to write.")
+        raise UsageError(f"{spell('output', path)} is a folder; expected a file to write.")
     if path.exists() and not given.force:
-        raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
+        raise PrunePeakError(
+            f"{path} exists; pass {spell('force', True)} to replace it, or choose another {spell('output')}."
+        )
     source = open_model(model, given.revision)
     kinds, attention = prunable_kinds(source.meta_model, source.family), source.family.attention
     # where heads can become narrower, that needs covariances of queries and keys

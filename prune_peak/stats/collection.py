@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.windows import into_batches
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.execution import ExecutionConfig
 from ..models.loading import IMAGES, Model, open_model
 from ..models.stream import Batch, Step, Stream
@@ -101,7 +101,7 @@ def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[in
         if not bool(torch.isfinite(observer.stats.square_sum).all()):
             raise PrunePeakError(
                 f"{observer.site.name} of {stream.source.name} has activations that are not finite in {stream.dtype}. "
-                "Pass --dtype float32, or check the checkpoint."
+                f"Pass {spell('dtype', 'float32')}, or check the checkpoint."
             )
 
 
@@ -177,7 +177,7 @@ def collect(
     if len(batches) < group.world_size:
         raise PrunePeakError(
             f"{group.world_size} processes cannot share {len(batches)} batches of calibration; start fewer processes, "
-            "or pass more --samples."
+            f"or pass more {spell('samples')}."
         )
     batches = batches[group.share(len(batches))]
     masks = [batch.get("attention_mask") for batch in batches]

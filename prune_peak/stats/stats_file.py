@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.windows import Windows
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..io.tensor_files import TensorFile, stream_tensors
 from ..io.untrusted import parse_json
 from ..memory import Workload, estimate_workload
@@ -51,16 +51,16 @@ class Statistics:
         """Raise PrunePeakError if an option needs covariances and the file holds none."""
         uses = {
             "the refit": refit,
-            "--fill auto": is_fill_open,
-            "--unit neuron": any(site.observed_outputs for site in sites),
+            f"{spell('fill', 'auto')}": is_fill_open,
+            f"{spell('unit', 'neuron')}": any(site.observed_outputs for site in sites),
             "a target over two kinds of site": is_split_open,
         }
         needs = [use for use, is_wanted in uses.items() if is_wanted]
         if needs and not self.has_covariances:
-            instead = ", or add --no-refit" if needs == ["the refit"] else ""
+            instead = f", or add {spell('refit', False)}" if needs == ["the refit"] else ""
             raise PrunePeakError(
                 f"{self._file.path} holds no covariances, required for {' and '.join(needs)}. Write it again with "
-                f"`prune-peak calibrate --covariances`{instead}."
+                f"`prune-peak calibrate {spell('covariances', True)}`{instead}."
             )
 
     def workload(self, source: Model, sites: Sequence[Site], for_refit: bool) -> Workload:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..data.images import choose_images
 from ..data.sampling import split_windows
 from ..data.windows import Windows, into_batches, window_length
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..evaluation.quality import build_eval_set, is_evaluable
 from ..models.execution import DTYPES, default_dtype
 from ..models.families import find_blocks
@@ -89,7 +89,9 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
     name = Path(model).resolve().name
     folder = Path(output or f"{name}-analysis")
     if folder.exists() and not given.force:
-        raise PrunePeakError(f"{folder} exists; pass --force to write into it, or choose another --output.")
+        raise PrunePeakError(
+            f"{folder} exists; pass {spell('force', True)} to write into it, or choose another {spell('output')}."
+        )
     splits = _split(source, given)
     compute = DTYPES[given.dtype or default_dtype(source)]
     protocol = {
@@ -122,13 +124,15 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
 def _split(source: Model, options: AnalyzeOptions) -> dict[str, Windows]:
     """The windows of every data set, by its name; with several, enough to measure each of them twice."""
     if SELF in options.data and not source.meta_model.can_generate():
-        raise PrunePeakError(f"{source.name} generates no text; pass a text or a folder of images with --data.")
+        raise PrunePeakError(
+            f"{source.name} generates no text; pass a text or a folder of images with {spell('data')}."
+        )
     turns = 2 if len(options.data) > 1 else 1
     names: dict[str, str] = {}
     for data in options.data:
         label = "the model's own text" if data == SELF else Path(data).name
         if label in names:
-            raise UsageError(f"--data: two data sets are named {label}; expected different names.")
+            raise UsageError(f"{spell('data')}: two data sets are named {label}; expected different names.")
         names[label] = data
     splits: dict[str, Windows] = {}
     for label, data in sorted(names.items(), key=lambda item: item[1] == SELF):  # reading fails sooner
@@ -141,7 +145,7 @@ def _split(source: Model, options: AnalyzeOptions) -> dict[str, Windows]:
         if len(splits[label].calibration) < turns:
             raise PrunePeakError(
                 f"{label} is too short: with several data sets each is measured twice. Pass a longer one, or a smaller "
-                "--sequence-length."
+                f"{spell('sequence_length')}."
             )
     return {label: splits[label] for label in names}
 
@@ -156,7 +160,8 @@ def _find_neuron(sites: Sequence[Site], wanted: str) -> Neuron:
     except (ValueError, StopIteration):
         blocks, neurons = sites[-1].block, ", ".join(f"{site.neurons} {site.label}" for site in sites[:2])
         raise UsageError(
-            f"--neuron {wanted}: expected KIND:BLOCK:NEURON, such as mlp:0:17, of blocks 0 to {blocks} with {neurons} "
+            f"{spell('neuron', wanted)}: expected KIND:BLOCK:NEURON, such as mlp:0:17, of blocks 0 to {blocks} with "
+            f"{neurons} "
             "neurons each."
         ) from None
     return Neuron(site, int(index), "chosen")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data.images import choose_images
 from ..data.sampling import split_windows
 from ..data.windows import window_length
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..evaluation.quality import EvalSet, build_eval_set, build_given_eval_set, is_evaluable
 from ..models.loading import IMAGES, Model
 from ..options import SELF
@@ -44,7 +44,7 @@ def load_study_data(model: Model, options: AblateOptions) -> StudyData:
     windows = options.windows or options.samples
     if model.sees_images:
         if options.data is None:
-            raise PrunePeakError(f"{model.name} takes images: pass a folder of labelled images with --data.")
+            raise PrunePeakError(f"{model.name} takes images: pass a folder of labelled images with {spell('data')}.")
         return _load_images(model, options.calibration, options.data, options.samples, windows, options.seed)
     if not is_evaluable(model):
         raise PrunePeakError(
