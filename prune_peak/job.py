@@ -8,6 +8,7 @@ from typing import Any
 
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
+from .data.data_sets import check_data
 from .data.windows import name_data
 from .errors import UsageError, spell
 from .evaluation.quality import EvalSet, build_given_eval_set
@@ -88,9 +89,11 @@ def prepare(model: str, options: CompressOptions) -> Job:
         workload = statistics.workload(source, sites, options.needs_covariances)
     else:
         workload = estimate_workload(source, sites, options, options.needs_covariances)
+    measured = () if options.stats is not None else options.calibration
+    check_data([*measured, *(options.evaluate or ())], source.sees_images, options.reading)
     eval_set = None
     if options.evaluate is not None:
-        eval_set = build_given_eval_set(source, options.evaluate, options.sequence_length)
+        eval_set = build_given_eval_set(source, options.evaluate, options.sequence_length, reading=options.reading)
     folder = Path(options.output or f"{Path(model).resolve().name}-peak-{options.label}")
     if source.folder.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{spell('output', folder)} contains the model itself; choose another.")

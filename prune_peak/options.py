@@ -1,7 +1,7 @@
 """Every option once: name, default, allowed values, help and check. Imports no torch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,25 @@ class ComputeOptions(HubOptions):
         lambda: FLOATS,
         shown="the model's; float32 for float16",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """What is read of data that has several parts."""
+
+    dataset_config: str | None = option(None, "Configuration of a Hub data set, such as wikitext-2-raw-v1.")
+    dataset_split: str | None = option(None, "Split of a Hub data set.", shown="train")
+    text_column: str | None = option(
+        None, "Column that holds the text, in a Hub data set or a file of records.", shown="text or messages"
+    )
+
+    @property
+    def reading(self) -> "DataOptions":
+        """These options alone."""
+        return DataOptions(**{item.name: getattr(self, item.name) for item in fields(DataOptions)})
+
+
+FIRST_PART = DataOptions()  # the first configuration, the split `train`, the usual columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +188,7 @@ class PruningOptions(SeedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions(ComputeOptions, SeedOptions):
+class CalibrationOptions(ComputeOptions, SeedOptions, DataOptions):
     """What the neurons are measured on."""
 
     calibration: tuple[str, ...] = option(
@@ -246,7 +265,7 @@ class CalibrateOptions(ResourceOptions, CalibrationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ComputeOptions):
+class EvaluateOptions(ComputeOptions, DataOptions):
     """The options of `evaluate`."""
 
     data: tuple[str, ...] = option(
@@ -273,7 +292,7 @@ class EvaluateCommand(EvaluateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealOptions(ResourceOptions, SeedOptions, HubOptions):
+class HealOptions(ResourceOptions, SeedOptions, HubOptions, DataOptions):
     """The options of `heal`."""
 
     original: str | None = option(

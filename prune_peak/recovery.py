@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from .data.data_sets import check_data, reading_of
 from .data.windows import name_data, window_length
 from .errors import PrunePeakError, UsageError, VerificationError, spell
 from .evaluation.divergence import Distance, measure_distance
@@ -21,14 +22,14 @@ from .export.folder import copy_side_files
 from .export.recipe import RECIPE_FILE, VERSIONS, read_recipe, write_json
 from .export.resume import ResumableRun
 from .healing.training import STEP_TOKENS, into_batches, train
-from .healing.windows import HELD_OUT_FILE, HealingData, choose_data, load_data
+from .healing.windows import HELD_OUT_FILE, HealingData, choose_data, load_data, recorded_reading
 from .io.writer import Writer
 from .memory import MACHINE_SHARE, estimate_healing, gigabytes, physical_memory
 from .models.execution import find_device
 from .models.loading import Model, open_model
 from .models.weight_names import split_merged
 from .option_fields import takes
-from .options import FULL, LORA, METHODS, PROCESSOR, SELF, HealOptions
+from .options import FULL, LORA, METHODS, PROCESSOR, SELF, DataOptions, HealOptions
 from .verification import Verification, verify
 from .version import __version__
 
@@ -51,6 +52,7 @@ class HealJob:
     original: Model
     model: Model  # compressed
     data: str
+    reading: DataOptions  # of the data
     method: str
     output: Path
     device: torch.device
@@ -66,6 +68,7 @@ class HealJob:
             "method": self.method,
             "seed": self.options.seed,
             "device": self.device.type,
+            **asdict(self.reading),
         }
 
     @property
@@ -207,6 +210,8 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
         )
     original = _open_original(folder, recipe, options)
     data = options.data or _data_of(folder, recipe)
+    reading = reading_of(data, recorded_reading(recipe["options"])) if options.data is None else options.reading
+    check_data([data], original.sees_images, reading)
     output = Path(options.output or f"{folder.resolve().parent / folder.resolve().name}-healed")
     if folder.resolve().is_relative_to(output.resolve()) or original.folder.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{spell('output', output)} contains the model itself; choose another.")
@@ -228,7 +233,7 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
         )
     method, tokens = fitting[0]
     memory = needs[method, tokens]
-    return HealJob(options, folder, recipe, original, model, data, method, output, device, memory, tokens)
+    return HealJob(options, folder, recipe, original, model, data, reading, method, output, device, memory, tokens)
 
 
 def _open_original(folder: Path, recipe: Mapping[str, Any], options: HealOptions) -> Model:
@@ -259,7 +264,7 @@ def _data_of(folder: Path, recipe: Mapping[str, Any]) -> str:
 def _prepare_data(job: HealJob, path: Path) -> HealingData:
     """The data, made once; a resumed run finds it."""
     if not path.is_file():
-        choose_data(job.original, job.recipe, job.data, job.options.tokens, job.options.seed).save(path)
+        choose_data(job.original, job.recipe, job.data, job.options.tokens, job.options.seed, job.reading).save(path)
     data = load_data(path)
     if data.tokens < job.options.tokens * ENOUGH:
         log.warning(

@@ -24,7 +24,7 @@ from .export.folder import prune_block
 from .export.recipe import read_plan, read_recipe
 from .export.tokenizer import behaves_alike
 from .healing.training import into_batches
-from .healing.windows import HELD_OUT_FILE, choose_data, load_data
+from .healing.windows import HELD_OUT_FILE, choose_data, load_data, recorded_reading
 from .models.execution import CPU, ExecutionConfig
 from .models.families import tensors_by_block
 from .models.loading import Model, open_model
@@ -190,7 +190,8 @@ def _check_healing(
     if healing["data"] == SELF:
         rows = load_data(folder / HELD_OUT_FILE).held_out
     elif data is not None:
-        rows = choose_data(original, recipe, data, healing["tokens"], healing["seed"]).held_out
+        reading = recorded_reading(healing)
+        rows = choose_data(original, recipe, data, healing["tokens"], healing["seed"], reading).held_out
     else:
         log.warning(
             "The held-out windows are not measured again: pass the text %s with %s.", healing["data"], spell("data")

@@ -125,7 +125,7 @@ def test_recipe_card_and_statistics_take_the_names_of_the_options(tmp_path: Path
         (["--output", MODEL], "contains the model itself"),
         (["--no-refit", "--stats", "PLAIN", "--sites", "mlp,attention", "--target-params", 0.8], "no covariances"),
         (["--stats", "PLAIN"], "no covariances"),
-        (["--evaluate", "none.txt"], "not a readable UTF-8 text"),
+        (["--evaluate", "none.txt"], "none.txt does not exist"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value[:2])),
 )

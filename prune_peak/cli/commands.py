@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ..errors import UsageError, one_line
 from ..options import (
     CalibrateOptions,
     CompressCommand,
+    DataOptions,
     EvaluateCommand,
     ExportOptions,
     HealCommand,
@@ -93,11 +95,14 @@ def compress(
 
 
 def _heal_result(model: str, result: "CompressionResult", options: Mapping[str, Any]) -> "HealResult | None":
+    from ..data.data_sets import reading_of
     from ..recovery import heal as run
 
     names = ("revision", "seed", "max_memory", "device", "force")
     data = options["calibration"][0]
-    return run(result.output, original=model, data=data, **{name: options[name] for name in names})
+    given = DataOptions(**{item.name: options[item.name] for item in fields(DataOptions)})
+    reading = asdict(reading_of(data, given))
+    return run(result.output, original=model, data=data, **reading, **{name: options[name] for name in names})
 
 
 @click.command(short_help="Measure a model once, for several runs of compress.")

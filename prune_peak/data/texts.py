@@ -1,6 +1,5 @@
 """Text files and Hub data sets, and their windows of tokens."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -9,7 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import PrunePeakError, brief, spell
 from ..models.loading import Model
-from .text_files import LONGEST_TEXT, Record, read_records
+from ..options import FIRST_PART, DataOptions
+from .data_sets import check_data, is_data_set, read_rows
+from .text_files import Record, check_record, limit_records, read_records
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -21,16 +22,17 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_texts(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+def read_texts(
+    name: str, tokenizer: PreTrainedTokenizerBase | None = None, reading: DataOptions = FIRST_PART
+) -> list[str]:
     """The texts of a file (`text_files`) or of a Hub data set; chats are rendered by the tokenizer's template.
 
     Raises:
         PrunePeakError: the file is missing, of another form, or holds chats without a template to render them.
     """
-    path = Path(name)
-    if not path.suffix and (os.path.isdir(name) or not os.path.exists(name)):
-        return [_render(record, name, tokenizer) for record in _read_data_set(name)]
-    return [_render(record, name, tokenizer) for record in read_records(path)]
+    check_data([name], takes_images=False)
+    records = _read_data_set(name, reading) if is_data_set(name) else read_records(Path(name), reading.text_column)
+    return [_render(record, name, tokenizer) for record in records]
 
 
 def _render(record: Record, name: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -46,31 +48,15 @@ def _render(record: Record, name: str, tokenizer: PreTrainedTokenizerBase | None
         raise PrunePeakError(f"the chat template fails on a chat of {name} ({brief(error)}).") from None
 
 
-def _read_data_set(name: str) -> list[Record]:
-    try:
-        import datasets
-    except ImportError:
-        raise PrunePeakError(
-            f"{name} is neither a file nor, without the package datasets, a Hub data set. Check the name, or "
-            "pip install 'prune-peak[datasets]'."
-        ) from None
-    try:
-        texts: list[Record] = []
-        size = 0
-        for row in datasets.load_dataset(name, split="train", streaming=True):
-            texts.append(row["text"] if "text" in row else row["messages"])
-            size += len(str(texts[-1]))
-            if size > LONGEST_TEXT:
-                break
-    except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
-        raise PrunePeakError(
-            f"{name} is neither a file nor a data set with a split `train` and a column `text` or `messages` "
-            f"({brief(error)})."
-        ) from None
-    return texts
+def _read_data_set(name: str, reading: DataOptions) -> list[Record]:
+    column = reading.text_column
+    rows = enumerate(read_rows(name, reading, "datasets"), start=1)
+    return limit_records(check_record(row, f"{name}, row {number}", column) for number, row in rows)
 
 
-def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+def tokenize_text(
+    name: str, tokenizer: PreTrainedTokenizerBase, length: int, reading: DataOptions = FIRST_PART
+) -> Tensor:
     """A text as consecutive windows, (windows, length), each with the special tokens that the tokenizer adds.
 
     Several texts are concatenated, each followed by EOS.
@@ -78,7 +64,7 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     Raises:
         PrunePeakError: the text does not exist, or is shorter than one window.
     """
-    texts = read_texts(name, tokenizer)
+    texts = read_texts(name, tokenizer, reading)
     separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
     try:
@@ -118,9 +104,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return list(full[:first]), list(full[first + len(bare) :])
 
 
-def read_windows(name: str, model: Model, length: int) -> Tensor:
+def read_windows(name: str, model: Model, length: int, reading: DataOptions = FIRST_PART) -> Tensor:
     """`tokenize_text` with the model's own tokenizer, checked against its vocabulary."""
-    windows = tokenize_text(name, load_tokenizer(model), length)
+    windows = tokenize_text(name, load_tokenizer(model), length, reading)
     check_vocabulary(model, int(windows.max()))
     return windows
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.data_sets import check_data
 from ..data.texts import load_tokenizer, special_tokens
 from ..errors import PrunePeakError, UsageError, spell
 from ..models.execution import DTYPES, default_dtype
@@ -77,8 +78,13 @@ def evaluate(models: Sequence[str], data: Sequence[str] | str | Path, **options:
         raise UsageError(f"nothing to evaluate on; pass {spell('data', 'DATA')}.")
     sources = [open_model(model, given.revision) for model in models]
     names = given.data
+    for source in sources:
+        check_data(names, source.sees_images, given.reading)
     eval_sets = [
-        [build_given_eval_set(source, [name], given.sequence_length, given.windows) for source in sources]
+        [
+            build_given_eval_set(source, [name], given.sequence_length, given.windows, given.reading)
+            for source in sources
+        ]
         for name in names
     ]
     for sets in eval_sets:

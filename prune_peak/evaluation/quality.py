@@ -20,7 +20,7 @@ from ..models.execution import ExecutionConfig
 from ..models.loading import Model
 from ..models.stream import Batch
 from ..models.whole import open_stream
-from ..options import EVALUATED
+from ..options import EVALUATED, FIRST_PART, DataOptions
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,13 @@ def build_eval_set(model: Model, windows: Tensor, text: str) -> EvalSet:
     return EvalSet(MASKED_ACCURACY, text, into_batches(inputs, tokens=1), targets.split(1))
 
 
-def build_given_eval_set(model: Model, data: Sequence[str], sequence_length: int, windows: int = EVALUATED) -> EvalSet:
+def build_given_eval_set(
+    model: Model,
+    data: Sequence[str],
+    sequence_length: int,
+    windows: int = EVALUATED,
+    reading: DataOptions = FIRST_PART,
+) -> EvalSet:
     """The evaluation set of texts, from their first `windows` windows in all; or of folders of labelled images.
 
     Raises:
@@ -119,7 +125,7 @@ def build_given_eval_set(model: Model, data: Sequence[str], sequence_length: int
     if not is_evaluable(model):
         raise PrunePeakError(f"{model.name} is a {model.model_class.__name__}, which predicts no text to evaluate.")
     length = window_length(model, sequence_length)
-    found = torch.cat([read_windows(name, model, length)[:windows] for name in data])
+    found = torch.cat([read_windows(name, model, length, reading)[:windows] for name in data])
     return build_eval_set(model, found[:windows], " and ".join(map(name_data, data)))
 
 

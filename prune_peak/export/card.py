@@ -98,7 +98,8 @@ def _reproduce_healing(recipe: Mapping[str, Any]) -> str | None:
     if "healing" not in recipe:
         return None
     options = recipe["healing"]
-    words = {name: options[name] for name in ("data", "tokens", "method", "seed")}
+    names = ("data", "dataset_config", "dataset_split", "text_column", "tokens", "method", "seed")
+    words = {name: options[name] for name in names if options.get(name) is not None}
     given = " ".join(f"{flag(name)} {shlex.quote(str(value))}" for name, value in words.items())
     return f"prune-peak heal DIR --original {shlex.quote(recipe['source']['model'])} \\\n  {given}"
 

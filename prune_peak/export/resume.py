@@ -59,7 +59,7 @@ class ResumableRun:
         for path in (self.folder, self.partial):
             if os.path.islink(path) or (os.path.exists(path) and not path.is_dir()):
                 raise PrunePeakError(f"{path} is a file; choose another {spell('output')}.")
-        is_empty = folder.is_dir() and not any(folder.iterdir())
+        is_empty = os.path.isdir(folder) and not any(folder.iterdir())
         if os.path.exists(folder) and not is_empty and not force:
             raise PrunePeakError(
                 f"{folder} exists; pass {spell('force', True)} to replace it, or choose another {spell('output')}."

@@ -220,6 +220,7 @@ def open_model_spec(name: str, revision: str | None = None) -> ModelSpec:
     Raises:
         PrunePeakError: the model cannot be found or is not supported.
     """
+    name = _strip_slash(name)
     folder, commit = _locate(name, revision, ["config.json"])
     return _read_spec(name, commit, folder)
 
@@ -230,6 +231,7 @@ def open_model(name: str, revision: str | None = None) -> Model:
     Raises:
         PrunePeakError: the model cannot be found, is not supported, or config and weights do not match.
     """
+    name = _strip_slash(name)
     folder, commit = _locate(name, revision, [*SIDE_FILES, CARD, "*.safetensors"])
     if commit is not None and not any(folder.glob("*.safetensors")):
         folder, commit = _locate(name, commit, [*SIDE_FILES, CARD, "pytorch_model*.bin"])
@@ -258,6 +260,11 @@ def open_model(name: str, revision: str | None = None) -> Model:
     )
 
 
+def _strip_slash(name: str) -> str:
+    """A name without the slash that completion puts after a folder."""
+    return str(name).rstrip("/") or str(name)
+
+
 def _locate(
     name: str, revision: str | None, patterns: list[str], others: Sequence[str] = NOT_FETCHED
 ) -> tuple[Path, str | None]:
@@ -278,7 +285,13 @@ def _locate(
         found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*others]))
     except HFValidationError:
         raise PrunePeakError(f"{name} is neither a folder nor a Hub id. Check the spelling.") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        reason = brief(error.__cause__ or error)
+        raise PrunePeakError(
+            f"{name} is neither a folder nor in the Hub's cache, and the Hub cannot be reached ({reason}). Check the "
+            "path and the connection."
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
         raise PrunePeakError(f"{name} is not a folder, and the download from the Hub failed: {brief(error)}") from None
     return found, found.name
 

@@ -1,12 +1,13 @@
 """`calibrate()`: measure a model once and keep its statistics in a file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.data_sets import check_data
 from ..data.sampling import sample_windows
 from ..data.windows import Windows, name_data
 from ..errors import PrunePeakError, UsageError, spell
@@ -45,6 +46,7 @@ def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
             f"{path} exists; pass {spell('force', True)} to replace it, or choose another {spell('output')}."
         )
     source = open_model(model, given.revision)
+    check_data(given.calibration, source.sees_images, given.reading)
     kinds, attention = prunable_kinds(source.meta_model, source.family), source.family.attention
     # where heads can become narrower, that needs covariances of queries and keys
     unit = {"unit": NEURON} if covariances and attention and attention.head_dim_prunable else {"keep_shape": True}
@@ -74,7 +76,9 @@ class Calibration:
 
 def measure(source: Model, options: CalibrationOptions, execution: ExecutionConfig) -> Calibration:
     """Sample the windows of a calibration, and be ready to measure on them."""
-    windows = sample_windows(source, options.calibration, options.samples, options.sequence_length, options.seed)
+    windows = sample_windows(
+        source, options.calibration, options.samples, options.sequence_length, options.seed, options.reading
+    )
     name = options.dtype or default_dtype(source)
 
     def observe(sites: Sequence[Site], covariances: bool) -> Iterable[SiteStats]:
@@ -86,5 +90,6 @@ def measure(source: Model, options: CalibrationOptions, execution: ExecutionConf
         "sequence_length": None if source.sees_images else windows.calibration.shape[1],
         "dtype": name,
         "seed": options.seed,
+        **asdict(options.reading),
     }
     return Calibration(windows, record, observe)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.data_sets import check_data
 from ..data.images import choose_images
 from ..data.sampling import split_windows
 from ..data.windows import Windows, into_batches, window_length
@@ -127,6 +128,7 @@ def _split(source: Model, options: AnalyzeOptions) -> dict[str, Windows]:
         raise PrunePeakError(
             f"{source.name} generates no text; pass a text or a folder of images with {spell('data')}."
         )
+    check_data(options.data, source.sees_images, options.reading)
     turns = 2 if len(options.data) > 1 else 1
     names: dict[str, str] = {}
     for data in options.data:
@@ -138,10 +140,10 @@ def _split(source: Model, options: AnalyzeOptions) -> dict[str, Windows]:
     for label, data in sorted(names.items(), key=lambda item: item[1] == SELF):  # reading fails sooner
         samples = turns * options.samples
         if source.sees_images:
-            splits[label] = choose_images(data, source, samples, options.seed)
+            splits[label] = choose_images(data, source, samples, options.seed, options.reading)
         else:
             length = window_length(source, options.sequence_length)
-            splits[label] = split_windows(source, data, samples, options.windows, length, options.seed)
+            splits[label] = split_windows(source, data, samples, options.windows, length, options.seed, options.reading)
         if len(splits[label].calibration) < turns:
             raise PrunePeakError(
                 f"{label} is too short: with several data sets each is measured twice. Pass a longer one, or a smaller "
