@@ -10,6 +10,7 @@ from typing import Any
 
 from .conversion.layout import Conversion
 from .data.chat import find_template
+from .data.texts import has_tokenizer
 from .errors import VerificationError, spell
 from .evaluation.quality import EvalResult, build_held_out_eval_set, check_collapse, measure_quality
 from .evaluation.talk import ASKED, Talk, describe_talk, measure_talk, read_prompts, warn_of_talk
@@ -40,6 +41,7 @@ class CompressionResult:
     output: Path
     model_class: str
     sees_images: bool
+    has_inputs: bool  # whether the tokenizer (or the image processor) is in the folder
     before: Size
     after: Size
     share: Mapping[str, float]  # of the neurons that were pruned, by the kind of site
@@ -213,6 +215,7 @@ def _summarize(
         output=job.folder,
         model_class=recipe["output_class"],
         sees_images=job.source.sees_images,
+        has_inputs=job.source.sees_images or has_tokenizer(job.folder),
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
         share={site.label: 1 - conversion.kept[site.name] / site.neurons for site in conversion.sites},

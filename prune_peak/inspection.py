@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from .conversion.choice import choose_conversion
 from .conversion.classes import ENGINES
 from .data.chat import find_template
 from .data.self_generated import PASSAGES, generate_tokens
+from .data.texts import load_tokenizer
 from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
 from .job import Job, convert, plan_widths, prepare
 from .models.families import find_blocks
-from .models.loading import Model, ModelSpec, count_patches, open_model_spec
+from .models.loading import Model, ModelSpec, count_patches, open_model, open_model_spec
 from .models.whole import open_stream
 from .option_fields import takes
 from .options import Budget, CompressOptions, InspectOptions, Ratio
@@ -57,6 +58,7 @@ class Inspection:
     dtype: str
     blocks: int
     sites: tuple[PrunableSites, ...]
+    lacking: Mapping[str, str]  # weights, tokenizer: what a local folder lacks for `compress`
     unprunable: Mapping[str, str]  # kinds of site that cannot be made smaller, and parts left whole, with the reason
     parameters: int
     bytes: int
@@ -123,6 +125,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         dtype=str(spec.dtype).removeprefix("torch."),
         blocks=len(find_blocks(spec.meta_model, spec.family)),
         sites=tuple(prunable),
+        lacking=dict(_find_lacking(spec)),
         unprunable=unprunable,
         parameters=before,
         bytes=before * spec.dtype.itemsize,
@@ -134,6 +137,20 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         reason=conversion.reason,
         engines=ENGINES.get(conversion.config.model_type, ()),
     )
+
+
+def _find_lacking(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """What is missing or damaged of a local folder; of a model of the Hub, only the config is fetched."""
+    checks: list[tuple[str, Callable[[], object]]] = []
+    if spec.revision is None and not isinstance(spec, Model):
+        checks.append(("weights", lambda: open_model(spec.name)))
+    if spec.revision is None and not spec.sees_images:
+        checks.append(("tokenizer", lambda: load_tokenizer(spec)))
+    for part, check in checks:
+        try:
+            check()
+        except PrunePeakError as error:
+            yield part, str(error)
 
 
 def _inspect_kind(

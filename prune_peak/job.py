@@ -9,6 +9,7 @@ from typing import Any
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
 from .data.data_sets import check_data
+from .data.texts import load_tokenizer
 from .data.windows import name_data
 from .errors import UsageError, spell
 from .evaluation.quality import EvalSet, build_given_eval_set
@@ -90,6 +91,8 @@ def prepare(model: str, options: CompressOptions) -> Job:
     else:
         workload = estimate_workload(source, sites, options, options.needs_covariances)
     measured = () if options.stats is not None else options.calibration
+    if measured and not source.sees_images:
+        load_tokenizer(source)  # raises
     check_data([*measured, *(options.evaluate or ())], source.sees_images, options.reading)
     eval_set = None
     if options.evaluate is not None:

@@ -504,6 +504,17 @@ HEADER = {
     "extra tensor": (tensors(H, lambda held: held.update(more=torch.ones(1))), "not part of"),
     "extra tensor, with escapes": (tensors(H, lambda held: held.update({ESCAPES: torch.ones(1)})), r"\x1b]0;owned"),
     "duplicate tensor": (header(H, lambda told: json.dumps(told).replace("lm_head.weight", NORM).encode()), UNREADABLE),
+    **{
+        f"names with the prefix {prefix}": (
+            tensors(H, lambda held, prefix=prefix: {prefix + name: tensor for name, tensor in held.items()}),
+            f"have the prefix {prefix} of ",
+        )
+        for prefix in ("_orig_mod.", "base_model.model.", "module.", "_fsdp_wrapped_module.")
+    },
+    "names with a prefix inside": (
+        tensors(H, lambda held: {name.replace(".0.", ".0._orig_mod."): tensor for name, tensor in held.items()}),
+        "Save model._orig_mod with `save_pretrained` instead",
+    ),
     "a tensor by two names": (
         tensors(H, lambda held: held.update({"norm.weight": held[NORM].clone()})),
         "are the same tensor",

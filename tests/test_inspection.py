@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -46,6 +47,35 @@ def test_inspect_predicts_the_output(tiny: Tiny, tmp_path: Path) -> None:
     assert bool(biases) != mlp.folded_into.startswith("nowhere")
     assert all(bool(bias.any()) for bias in biases)
     assert bool(inspection.reason) == (inspection.written_as != inspection.model_class or not biases)
+
+
+LACKING = {
+    "all there": ((), None, {}),
+    "weights": (("model.safetensors",), None, {"weights": "contains no weights"}),
+    "truncated": ((), 1000, {"weights": "it may be truncated"}),
+    "tokenizer": (("tokenizer.json", "tokenizer_config.json"), None, {"tokenizer": "there is no file of one. Copy it"}),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_what_a_folder_lacks(case: str, tmp_path: Path) -> None:
+    removed, length, expected = LACKING[case]
+    shutil.copytree(EXAMPLES / "opt-mini", tmp_path / "model")
+    for name in removed:
+        (tmp_path / "model" / name).unlink()
+    if length is not None:
+        path = tmp_path / "model" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-length])
+    inspection = inspect(str(tmp_path / "model"))
+    assert inspection.lacking.keys() == expected.keys()
+    assert all(words in inspection.lacking[part] for part, words in expected.items())
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "model")]).stdout
+    assert all(words in shown for words in expected.values())
+    assert ("tokenizer" in shown) == ("tokenizer" in expected)
+
+
+def test_images_need_no_tokenizer() -> None:
+    assert not inspect(str(EXAMPLES / "vit-mini")).lacking
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)

@@ -64,11 +64,11 @@ def print_compression(result: "CompressionResult") -> None:
     if result.keep_shape:
         click.echo("Nothing is saved: pruned weights are zero, and all shapes are the original's (--keep-shape).")
     click.echo(f"\nVerified. Written to {result.output}. Load it with:\n")
-    loader = "AutoImageProcessor" if result.sees_images else "AutoTokenizer"
-    click.echo(f"  from transformers import {loader}, {result.model_class}")
-    click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")
-    name = "processor" if result.sees_images else "tokenizer"
-    click.echo(f"  {name} = {loader}.from_pretrained({str(result.output)!r})")
+    others = {"processor": "AutoImageProcessor"} if result.sees_images else {"tokenizer": "AutoTokenizer"}
+    others = others if result.has_inputs else {}
+    click.echo(f"  from transformers import {', '.join([*others.values(), result.model_class])}")
+    for name, loader in {"model": result.model_class, **others}.items():
+        click.echo(f"  {name} = {loader}.from_pretrained({str(result.output)!r})")
 
 
 def print_healing(result: "HealResult") -> None:
@@ -292,6 +292,7 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
             )
             for site in i.sites
         ),
+        *i.lacking.items(),
         *((kind, reason) for kind, reason in i.unprunable.items() if all(site.kind != kind for site in i.sites)),
         ("written as", i.written_as + (f" ({i.reason})" if i.reason else "")),
         ("read by", _readers(i.engines)),

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..errors import brief
 from ..models.loading import Model
-from .texts import load_tokenizer
+from .texts import has_tokenizer, load_tokenizer
 from .windows import IGNORED
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ def find_template(model: Model) -> ChatTemplate | None:
 
     It is rendered as transformers renders it, in a sandbox.
     """
-    tokenizer = load_tokenizer(model)
-    if not tokenizer.chat_template:
+    tokenizer = load_tokenizer(model) if has_tokenizer(model.folder) else None
+    if tokenizer is None or not tokenizer.chat_template:
         return None
     try:
         text = tokenizer.apply_chat_template(

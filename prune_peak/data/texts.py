@@ -1,5 +1,6 @@
 """Text files and Hub data sets, and their windows of tokens."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -7,19 +8,51 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import PrunePeakError, brief, spell
-from ..models.loading import Model
+from ..models.loading import Model, ModelSpec
 from ..options import FIRST_PART, DataOptions
 from .data_sets import check_data, is_data_set, read_rows
 from .text_files import Record, check_record, limit_records, read_records
 
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "*.tokenizer", "dict.txt", "bpe.codes")
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages: what they are imported as
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer in the model's folder."""
+
+def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer in the model's folder.
+
+    Raises:
+        PrunePeakError: there is none, or it cannot be loaded; the message says what it lacks.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+        if not has_tokenizer(model.folder) and not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty")  # some classes need no file to be made
     except Exception as error:  # every tokenizer class raises its own kinds
-        raise PrunePeakError(f"{model.folder} has no tokenizer that transformers can load ({brief(error)}).") from None
+        lacking = (_explain_tokenizer(model.folder) or brief(error)).rstrip(".")
+        raise PrunePeakError(f"{model.folder} has no tokenizer that transformers can load: {lacking}.") from None
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file with a vocabulary."""
+    return any(True for pattern in VOCABULARIES for _ in folder.glob(pattern))
+
+
+def _explain_tokenizer(folder: Path) -> str:
+    """What a tokenizer lacks that cannot be loaded: its files, or packages; empty where neither is known."""
+    if not has_tokenizer(folder):
+        return "there is no file of one. Copy it from the original, such as tokenizer.json and tokenizer_config.json"
+    missing = [package for package, module in SENTENCEPIECE.items() if not _is_installed(module)]
+    if not missing or (folder / "tokenizer.json").exists() or not any(folder.glob("*.model")):
+        return ""
+    return f"tokenizer.model needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # its parent is missing, or it was made unavailable
+        return False
 
 
 def read_texts(

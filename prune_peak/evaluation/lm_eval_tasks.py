@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import PrunePeakError, UsageError, spell
+from ..errors import PrunePeakError, UsageError, brief, spell
 from ..models.execution import default_dtype
 from ..models.loading import open_model
 
@@ -54,7 +54,13 @@ def run_tasks(
     scores = []
     for source in sources:
         arguments = {"pretrained": str(source.folder), "dtype": dtype or default_dtype(source)}
-        found: Any = simple_evaluate("hf", arguments, names, device="cpu", task_manager=manager, log_samples=False)
+        try:
+            found: Any = simple_evaluate("hf", arguments, names, device="cpu", task_manager=manager, log_samples=False)
+        except OSError as error:  # also what datasets raises without a connection
+            raise PrunePeakError(
+                f"{spell('tasks', tuple(tasks))}: their data cannot be loaded ({brief(error)}). The harness reads it "
+                "from the Hub: run the command once with a connection, or pass a YAML file with data of your own."
+            ) from None
         results = {
             task: {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, float)}
             for task, metrics in found["results"].items()
