@@ -17,7 +17,16 @@ from .evaluation.talk import ASKED, Talk, describe_talk, measure_talk, read_prom
 from .export.card import write_card
 from .export.digests import digest_files
 from .export.folder import FolderWriter
-from .export.recipe import RECIPE_FILE, Size, describe_run, describe_sites, measure_size, write_json
+from .export.recipe import (
+    RECIPE_FILE,
+    Size,
+    describe_run,
+    describe_shares,
+    describe_sites,
+    describe_steps,
+    measure_size,
+    write_json,
+)
 from .export.resume import ResumableRun
 from .export.tokenizer import keep_tokenizer
 from .job import Job, prepare
@@ -45,6 +54,7 @@ class CompressionResult:
     before: Size
     after: Size
     share: Mapping[str, float]  # of the neurons that were pruned, by the kind of site
+    pruned: str  # the same in words, with what was asked for
     keep_shape: bool  # pruned weights are zero, not deleted
     quality_before: EvalResult | None  # None where the model predicts no tokens
     quality_after: EvalResult | None
@@ -178,6 +188,7 @@ def _describe(
         "after": asdict(measure_size(written, zeroed)),
         "quality": {"before": before and asdict(before), "after": after and asdict(after)},
         "warnings": [warning] if warning else [],
+        "steps": describe_steps(conversion.sites, job.options.multiple_of),
         **describe_sites(conversion.sites, results),
     }
 
@@ -211,6 +222,7 @@ def _summarize(
     talk: Sequence[Talk],
     verification: Verification,
 ) -> CompressionResult:
+    share = {site.label: 1 - conversion.kept[site.name] / site.neurons for site in conversion.sites}
     return CompressionResult(
         output=job.folder,
         model_class=recipe["output_class"],
@@ -218,7 +230,8 @@ def _summarize(
         has_inputs=job.source.sees_images or has_tokenizer(job.folder),
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
-        share={site.label: 1 - conversion.kept[site.name] / site.neurons for site in conversion.sites},
+        share=share,
+        pruned=describe_shares(job.options.ratio, share, recipe["steps"]),
         keep_shape=job.options.keep_shape,
         quality_before=quality[0],
         quality_after=quality[1],

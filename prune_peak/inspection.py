@@ -17,6 +17,7 @@ from .data.self_generated import PASSAGES, generate_tokens
 from .data.texts import load_tokenizer
 from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
+from .export.recipe import describe_shares, describe_steps
 from .job import Job, convert, plan_widths, prepare
 from .models.families import find_blocks
 from .models.loading import Model, ModelSpec, count_patches, open_model, open_model_spec
@@ -66,6 +67,7 @@ class Inspection:
     parameters_after: int
     bytes_after: int
     share: float  # of the parameters that would be deleted
+    pruned: str  # the shares of the neurons in words, with what was asked for
     written_as: str
     reason: str  # what the preferred classes lack; empty where the first one is written
     engines: tuple[str, ...]  # serving engines that read the written class
@@ -107,6 +109,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
     widths = min(allocations, key=most_pruned)
     conversion = convert(spec, sites, widths, output_class)
     before, after = count_parameters(spec.meta_model), count_parameters(conversion.meta_model)
+    shares = {site.label: 1 - widths[site.name] / site.neurons for site in sites if site.name in widths}
     prunable: list[PrunableSites] = []
     unprunable: dict[str, str] = {}
     kept = {site.label: widths[site.name] for site in sites if site.name in widths}
@@ -133,6 +136,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         parameters_after=after,
         bytes_after=after * spec.dtype.itemsize,
         share=1 - after / before,
+        pruned=describe_shares(budget.ratio, shares, describe_steps(sites, budget.multiple_of)),
         written_as=conversion.model_class.__name__,
         reason=conversion.reason,
         engines=ENGINES.get(conversion.config.model_type, ()),

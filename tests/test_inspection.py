@@ -74,6 +74,24 @@ def test_what_a_folder_lacks(case: str, tmp_path: Path) -> None:
     assert ("tokenizer" in shown) == ("tokenizer" in expected)
 
 
+PRUNED = {  # options of `inspect`: what it says
+    "--ratio 0.5": "50.0% of the MLP neurons = 30.4% of the model",
+    "--ratio 0.3": "29.2% of the MLP neurons (asked 30%: multiples of 8) = 17.6% of the model",
+    "--ratio attention=0.3": "50.0% of the attention neurons (asked 30%: whole heads, as many of every KV group) =",
+    "--ratio 0.4 --sites attention --unit group": "(asked 40%: whole KV groups) = 10.1% of the model",
+    "--target-params 0.8": "33.3% of the MLP neurons = 20.2% of the model",
+    "--ratio 0.3 --keep-shape": "29.2% of the MLP neurons (asked 30%: multiples of 8)\n",
+}
+
+
+@pytest.mark.parametrize("words", PRUNED)
+def test_what_is_asked_and_what_is_pruned(words: str) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(EXAMPLES / "llama-mini"), *words.split()])
+    assert result.exit_code == 0, result.stderr
+    [line] = re.findall(r"^pruned +(.*\n)", result.stdout, re.MULTILINE)
+    assert PRUNED[words] in line
+
+
 def test_images_need_no_tokenizer() -> None:
     assert not inspect(str(EXAMPLES / "vit-mini")).lacking
 

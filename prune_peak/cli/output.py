@@ -46,6 +46,8 @@ def print_compression(result: "CompressionResult") -> None:
         rows.append(("answers that loop", *(f"{talk.loops} of {talk.prompts}" for talk in talks), ""))
         rows.append(("KL along the original's answers", *(f"{talk.divergence:.3f}" for talk in talks), ""))
     click.echo(_table(rows))
+    saved = 1 - after.parameters / before.parameters
+    click.echo(f"Pruned: {result.pruned}{f' = {saved:.1%} of the model' * (saved > 0)}.")
     if first:
         click.echo(f"{first.metric.capitalize()} on {first.text}: {first.protocol}.")
     if result.zero_filled:
@@ -297,6 +299,7 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         ("written as", i.written_as + (f" ({i.reason})" if i.reason else "")),
         ("read by", _readers(i.engines)),
         (f"at {i.budget}", ", ".join(f"{site.kept} of {site.neurons} {site.kind} neurons kept" for site in i.sites)),
+        ("pruned", i.pruned + f" = {i.share:.1%} of the model" * (i.share > 0)),
         ("parameters", f"{i.parameters:,} -> {i.parameters_after:,} ({_change(i.parameters, i.parameters_after)})"),
         ("bytes", f"{i.bytes:,} -> {i.bytes_after:,}"),
     ]

@@ -23,6 +23,7 @@ from ..evaluation.quality import PERPLEXITY, EvalResult
 from ..models.loading import CARD, Model
 from ..option_fields import flag
 from ..options import FULL, CompressOptions
+from .recipe import KIND_NAMES, describe_shares
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ INHERITED = ("license", "license_name", "license_link", "language")  # from the 
 
 # Of the Hub's relations (finetune, adapter, merge, quantized), this one fits changed weights in plain dtypes
 RELATION = "finetune"
-NAMES = {"mlp": "MLP"}  # kinds of site, in prose
 
 # Side files, the class that loads them, and a variable name
 LOADERS = {
@@ -54,7 +54,9 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         template_str=resources.files(__package__).joinpath("card.md").read_text(encoding="utf-8"),
         base=Path(source.label).name,
         model=source.label,
-        shares=" and ".join(f"{share:.0%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe)),
+        shares=" and ".join(
+            f"{share:.0%} of the {KIND_NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe)
+        ),
         warnings=recipe["warnings"],
         healing=_describe_healing(recipe),
         summary=_summarize(recipe),
@@ -186,7 +188,9 @@ def _name_calibration(recipe: Mapping[str, Any]) -> str:
 
 def _summarize(recipe: Mapping[str, Any]) -> str:
     options = recipe["options"]
-    cut = " and ".join(f"{share:.1%} of the {NAMES.get(kind, kind)} neurons" for kind, share in _shares(recipe))
+    cut = describe_shares(options["ratio"], dict(_shares(recipe)), recipe.get("steps", {}))
+    saved = 1 - recipe["after"]["parameters"] / recipe["before"]["parameters"]
+    model = f" ({saved:.1%} of its parameters)" * (not options["keep_shape"])
     fills = "/".join(sorted(set(recipe["fills"].values())))
     refit = " The kept weights were refitted by least squares to compensate." if options["refit"] else ""
     checked = (
@@ -199,7 +203,7 @@ def _summarize(recipe: Mapping[str, Any]) -> str:
     )
     shape = " (set to zero in place: all shapes are the original's, and nothing is saved)" * options["keep_shape"]
     return (
-        f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned, the same number in every "
+        f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned{model}, the same number in every "
         f"block{shape}. Each was replaced by a constant, its {fills} activation over {_name_calibration(recipe)}. The "
         f"constants were folded into the bias of the output projection.{refit} The result loads with stock "
         f"transformers. {checked}"
@@ -268,13 +272,13 @@ def _draw(path: Path, recipe: Mapping[str, Any]) -> bool:
         widths.bar(blocks, kept, color="#2a6f97", label="kept")
         cut = [site["neurons"] - site["kept"] for _, site in sites]
         widths.bar(blocks, cut, bottom=kept, color="#e0a458", label="pruned")
-        widths.set(title=f"{NAMES.get(kind, kind)}: neurons", xlabel="block")
+        widths.set(title=f"{KIND_NAMES.get(kind, kind)}: neurons", xlabel="block")
         lost = [site["lost"] for _, site in sites]
         errors.bar(blocks, lost, color="#e0a458", label="constants alone")
         if recipe["refits"]:
             left = [site["lost"] * recipe["refits"][name]["error"] for name, site in sites]
             errors.bar(blocks, left, color="#2a6f97", label="after the refit")
-        errors.set(title=f"{NAMES.get(kind, kind)}: error, as a share", xlabel="block")
+        errors.set(title=f"{KIND_NAMES.get(kind, kind)}: error, as a share", xlabel="block")
         for axes in (widths, errors):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(loc="lower right", fontsize="small")
