@@ -26,7 +26,7 @@ from .option_fields import takes
 from .options import Budget, CompressOptions, InspectOptions, Ratio
 from .pruning.budget import Widths, count_parameters
 from .pruning.site_pruning import plan_site
-from .sites.finding import find_sites, labels
+from .sites.finding import find_left_whole, find_sites, labels
 from .stats.collection import collect
 
 # What `estimate` adds to what it times
@@ -41,6 +41,7 @@ class PrunableSites:
     """The sites of one kind, and what a budget leaves of each."""
 
     kind: str
+    blocks: int  # that have one
     neurons: int  # at every site
     step: int  # neurons by which it becomes narrower
     kept: int  # neurons; all of them where the kind is not pruned
@@ -120,7 +121,8 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
                 break
             except PrunePeakError as reason:
                 unprunable.setdefault(kind, str(reason))
-    unprunable |= {f"left whole: {key}": reason for key, reason in spec.family.left_whole.items()}
+    whole = find_left_whole(spec.meta_model, spec.family) | dict(spec.family.left_whole)
+    unprunable |= {f"left whole: {part}": reason for part, reason in whole.items()}
     return Inspection(
         model=spec.name,
         model_type=spec.family.model_type,
@@ -181,7 +183,8 @@ def _inspect_kind(
         module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix(".bias")
         folded_into = f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
     written_as = conversion.model_class.__name__
-    return PrunableSites(kind, site.neurons, step, kept or site.neurons, written_as, folded_into, in_place)
+    blocks = len({one.block for one in sites if one.block < len(find_blocks(spec.meta_model, spec.family))})
+    return PrunableSites(kind, blocks, site.neurons, step, kept or site.neurons, written_as, folded_into, in_place)
 
 
 @dataclass(frozen=True)

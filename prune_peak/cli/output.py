@@ -288,8 +288,8 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         *(
             (
                 site.kind,
-                f"{site.neurons} neurons in each of {i.blocks} blocks, in steps of {site.step}; "
-                f"constants go {site.folded_into}"
+                f"{site.neurons} neurons in each of {_count_blocks(site.blocks, i.blocks)} blocks, in steps of "
+                f"{site.step}; constants go {site.folded_into}"
                 + ("; in place only (--keep-shape), which saves nothing" if site.in_place else ""),
             )
             for site in i.sites
@@ -303,6 +303,10 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         ("parameters", f"{i.parameters:,} -> {i.parameters_after:,} ({_change(i.parameters, i.parameters_after)})"),
         ("bytes", f"{i.bytes:,} -> {i.bytes_after:,}"),
     ]
+
+
+def _count_blocks(some: int, all_: int) -> str:
+    return f"{all_}" if some == all_ else f"{some} of {all_}"
 
 
 def _readers(engines: Sequence[str]) -> str:

@@ -1,8 +1,11 @@
 """The registry of kinds of site, and the sites of a model."""
 
+import re
 from collections.abc import Sequence
 
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunePeakError, UsageError, spell
 from ..models.families import Family, blocks_path, find_blocks
@@ -15,6 +18,17 @@ from .site import Site, SiteKind
 
 # In the order that a block computes them
 SITE_KINDS: list[SiteKind] = [Attention(), NarrowHeads(), InPlaceAttention(), Mlp(), InPlaceMlp()]
+
+LARGE = 0.05  # share of a block's parameters
+# Parts of blocks that no kind of site prunes, by the name of a class or of its tensors
+MIXERS = {
+    r"kv_b_proj": "multi-head latent attention",
+    r"experts": "experts",
+    r"DeltaNet|DeltaAttention|(?i:linear_?attention|lightning|retention)": "linear attention",
+    r"(?i:mamba|ssm)|A_log": "Mamba",
+    r"(?i)recurrent|rg_lru|lstm|rwkv": "a recurrent mixer",
+    r"(?i)conv": "a convolution",
+}
 
 
 def labels() -> list[str]:
@@ -69,3 +83,32 @@ def prunable_kinds(
                 continue
             found.append(kind.label)
     return tuple(sorted(found, reverse=True))
+
+
+def find_left_whole(model: PreTrainedModel, family: Family) -> dict[str, str]:
+    """The mixers and other large parts of blocks that no site reaches, by their path in the block."""
+    sites = find_sites(model, family, prunable_kinds(model, family), keep_shape=True)
+    reached = {name for site in sites for name in site.slices}
+    path, blocks = blocks_path(model, family), find_blocks(model, family)
+    found: dict[tuple[str, str], int] = {}  # number of blocks
+    for index, block in enumerate(blocks):
+        size = sum(parameter.numel() for parameter in block.parameters())
+        for name, part in block.named_children():
+            names = [f"{path}.{index}.{name}.{inner}" for inner, _ in part.named_parameters()]
+            linear = [inner for inner in part.modules() if isinstance(inner, nn.Linear | Conv1D)]
+            is_large = sum(inner.weight.numel() for inner in linear) > LARGE * size
+            words, class_name = _name_mixer(part), type(part).__name__
+            if (words or is_large) and reached.isdisjoint(names):
+                what = name, f"{words} ({class_name})" if words else class_name
+                found[what] = found.get(what, 0) + 1
+    whole: dict[str, str] = {}
+    for (name, words), count in found.items():
+        told = f"{words}, in {count} of {len(blocks)} blocks"
+        whole[name] = f"{whole[name]}; {told}" if name in whole else told
+    return whole
+
+
+def _name_mixer(part: nn.Module) -> str:
+    """What a part of a block is, by the name of its class and those of its tensors; empty where neither tells."""
+    text = " ".join([type(part).__name__, *(name for name, _ in part.named_parameters())])
+    return next((words for pattern, words in MIXERS.items() if re.search(pattern, text)), "")
