@@ -33,6 +33,7 @@ from .job import Job, prepare
 from .models.loading import Model, open_model
 from .option_fields import takes
 from .options import CompressOptions, Ratio
+from .progress import next_stage, stages
 from .pruning.allocation import choose_allocation
 from .pruning.budget import Widths
 from .pruning.site_pruning import plan_site
@@ -71,6 +72,7 @@ class CompressionResult:
 
 
 @takes(CompressOptions)
+@stages(4)
 def compress(
     model: str, ratio: Ratio | None = None, output: str | Path | None = None, **options: Any
 ) -> CompressionResult:
@@ -92,16 +94,19 @@ def compress(
     with ResumableRun(job.folder, job.fingerprint, job.conversion.layout_bytes, job.options.force) as run:
         calibration = job.calibrate()
         run.require_unchanged("calibration", calibration.windows.digest)
+        next_stage()
         conversion = _choose_conversion(job, calibration, run)
         results, digests = _write_pruned(job, conversion, calibration, run)
         keep_tokenizer(job.source, conversion, run.checkpoint)
         _warn_few_tokens(job, results)
+        next_stage()
         written = open_model(str(run.checkpoint))
         quality = _evaluate_both(job, written, calibration)
         talk = _compare_talk(job, written)
         recipe = _describe(job, written, conversion, calibration, results, quality) | describe_talk(talk)
         recipe["warnings"] += warn_of_talk(talk)
         recipe |= {"tensors": digests, "files": digest_files(run.checkpoint)}
+        next_stage()
         verification = _verify(job, run.checkpoint, recipe)
         write_card(run.checkpoint, recipe, job.source)
         run.finish()
@@ -154,7 +159,8 @@ def _evaluate_both(job: Job, written: Model, calibration: Calibration) -> tuple[
     if eval_set is None:
         return None, None
     before, after = (
-        measure_quality(model, eval_set, calibration.dtype, job.execution) for model in (job.source, written)
+        measure_quality(model, eval_set, calibration.dtype, job.execution, name)
+        for name, model in {"the original": job.source, "the result": written}.items()
     )
     return before, after
 

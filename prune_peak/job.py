@@ -20,6 +20,7 @@ from .memory import Workload, estimate_workload, plan_execution
 from .models.execution import ExecutionConfig
 from .models.loading import Model, ModelSpec, open_model
 from .options import AUTO, Budget, CompressOptions
+from .progress import phase
 from .proof import prove
 from .pruning.budget import Widths, find_allocations
 from .sites.finding import find_sites
@@ -81,8 +82,9 @@ def prepare(model: str, options: CompressOptions) -> Job:
         UsageError: options that contradict each other or the model.
         PrunePeakError: a model, statistics, data or a memory budget that cannot be used.
     """
-    source = open_model(model, options.revision)
-    sites, allocations = plan_widths(source, options, options.output_class)
+    with phase("open the model"):
+        source = open_model(model, options.revision)
+        sites, allocations = plan_widths(source, options, options.output_class)
     statistics = None
     if options.stats is not None:
         statistics = load_statistics(Path(options.stats), source, sites)

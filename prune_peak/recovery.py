@@ -30,6 +30,7 @@ from .models.loading import Model, open_model
 from .models.weight_names import split_merged
 from .option_fields import takes
 from .options import FULL, LORA, METHODS, PROCESSOR, SELF, DataOptions, HealOptions
+from .progress import next_stage, stages
 from .verification import Verification, verify
 from .version import __version__
 
@@ -117,6 +118,7 @@ class HealResult:
 
 
 @takes(HealOptions)
+@stages(4)
 def heal(folder: str | Path, **options: Any) -> HealResult | None:
     """Let a folder that `compress` wrote learn back from the original, and write another folder.
 
@@ -150,7 +152,9 @@ def heal(folder: str | Path, **options: Any) -> HealResult | None:
         data = _prepare_data(job, partial / DATA_FILE)
         run.require_unchanged("data", data.digest)
         state.wait_for_everyone()
+        next_stage()
         before, best = _train(job, data, partial / TRAINING)
+        next_stage()
         digests = _write(job, run.checkpoint, best)
         after = _measure_written(job, run.checkpoint, data)
         if after.kl >= before[1].kl:
@@ -159,6 +163,7 @@ def heal(folder: str | Path, **options: Any) -> HealResult | None:
                 f"{before[1].kl:.4f} and is {after.kl:.4f}. Nothing was written. Pass more or other {spell('data')}."
             )
         recipe = _describe(job, data, before, after) | {"tensors": digests}
+        next_stage()
         verification = _finish(job, run.checkpoint, recipe, data)
         run.finish()
     return HealResult(

@@ -30,6 +30,7 @@ from .models.families import tensors_by_block
 from .models.loading import Model, open_model
 from .options import SELF
 from .probes import Hooks, Outputs, Whole, probe_batches, run_streamed
+from .progress import next_stage, phase, stages, track
 from .sites.finding import find_sites
 from .sites.plan import SitePlan
 from .sites.site import Site
@@ -74,12 +75,21 @@ def verify(
         PrunePeakError: prune-peak did not write the folder, or it belongs to another original.
     """
     recipe = read_recipe(folder)
+    with stages(2 if original is None else 3 if "healing" in recipe else 4):
+        return _verify(folder, recipe, original, execution, data)
+
+
+def _verify(
+    folder: Path, recipe: Mapping[str, Any], original: Model | None, execution: ExecutionConfig, data: str | None
+) -> Verification:
     result = Verification()
     _check_digests(result, folder, recipe)
+    next_stage()
     if not result.passed:
         return result
     written = open_model(str(folder))
     _check_loading(result, written)
+    next_stage()
     if result.passed and "healing" in recipe:
         _check_healing(result, folder, recipe, original, written, data)
     elif result.passed and original is not None:
@@ -95,6 +105,7 @@ def verify(
             plan = RefittedPlan(plan, original, conversion, written, options)
         _check_tokenizer(result, original, written)
         _check_tensors(result, original, written, conversion, plan)
+        next_stage()
         _check_outputs(result, original, written, sites, plan, execution)
     return result
 
@@ -216,7 +227,8 @@ def _check_tokenizer(result: Verification, original: Model, written: Model) -> N
 
 def _check_loading(result: Verification, written: Model) -> None:
     """Stock transformers loads the folder with no key left over."""
-    model, info = written.model_class.from_pretrained(written.folder, dtype="auto", output_loading_info=True)
+    with phase("load by transformers"):
+        model, info = written.model_class.from_pretrained(written.folder, dtype="auto", output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     name = f"{written.model_class.__name__} of transformers {transformers.__version__}"
     seen = f"{name}: {wrong or 'nothing missing, unexpected or mismatched'}"
@@ -230,7 +242,7 @@ def _check_tensors(
     """Copied tensors equal the original's, sliced and folded ones what the plan gives."""
     differing = []
     others = set(written.tensor_names)
-    for block in tensors_by_block(original.meta_model, original.family):
+    for block in track(tensors_by_block(original.meta_model, original.family), "compare tensors", "block"):
         for name, tensor in prune_block(original, conversion, plan, block).items():
             others.discard(name)
             found = written.read(name)
@@ -258,7 +270,9 @@ def _check_outputs(
 
     def run(model: Model, dtype: torch.dtype, hooks: Hooks | None, teacher: Outputs | None = None) -> Outputs:
         if whole:
-            return Whole(model, dtype, hooks).run(batches, teacher)
+            stock = Whole(model, dtype, hooks)
+            with phase("compare outputs"):
+                return stock.run(batches, teacher)
         return run_streamed(model, batches, dtype, hooks, execution)
 
     exact = run(original, torch.float32, hooks)

@@ -40,6 +40,7 @@ ORDER = [
     "io",
     "options",
     "option_fields",
+    "progress",
     "version",
     "errors",
 ]

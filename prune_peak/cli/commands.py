@@ -260,12 +260,17 @@ def evaluate(
     from ..evaluation.latency import measure_latency
     from ..evaluation.lm_eval_tasks import run_tasks
     from ..evaluation.talk import evaluate_talk
+    from ..progress import next_stage, stages
 
     common = {name: options[name] for name in ("dtype", "revision")}
-    comparisons: list[Any] = run(models, **options) if options["data"] else []
-    speeds = measure_latency(models, **common) if latency else []
-    answers = evaluate_talk(models, prompts, options["revision"]) if talk else []
-    scores = run_tasks(models, tasks, **common) if tasks is not None else []
+    with stages(sum((bool(options["data"]), latency, talk, tasks is not None))):
+        comparisons: list[Any] = run(models, **options) if options["data"] else []
+        next_stage(bool(comparisons))
+        speeds = measure_latency(models, **common) if latency else []
+        next_stage(latency)
+        answers = evaluate_talk(models, prompts, options["revision"]) if talk else []
+        next_stage(talk)
+        scores = run_tasks(models, tasks, **common) if tasks is not None else []
     if as_json:
         parts: dict[str, list[Any]] = {"comparisons": comparisons, "talk": answers, "latency": speeds, "tasks": scores}
         echo_json({name: [part.to_json() for part in each] for name, each in parts.items() if each})

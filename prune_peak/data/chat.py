@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import brief
 from ..models.loading import Model
+from ..progress import open_bar
 from .texts import has_tokenizer, load_tokenizer
 from .windows import IGNORED
 
@@ -111,7 +111,7 @@ def generate_chats(model: Model, tokens: int, longest: int, seed: int) -> list[t
         return []
     stock = model.load(torch.float32)
     chats: list[tuple[Tensor, Tensor]] = []
-    with torch.random.fork_rng(devices=[]), tqdm(total=tokens, desc="generate chat", unit="token") as bar:
+    with torch.random.fork_rng(devices=[]), open_bar("generate chat", "token", tokens) as bar:
         torch.manual_seed(seed)
         tried = 0
         while bar.n < tokens and tried < 20 * tokens // (QUESTION + ANSWER) + AT_ONCE:

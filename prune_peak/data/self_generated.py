@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..errors import PrunePeakError, UsageError, spell
 from ..io.tensor_files import load_tensors, save_tensors
 from ..models.bfloat16 import fast_products
 from ..models.loading import Model
+from ..progress import open_bar
 from .texts import check_vocabulary, load_tokenizer
 from .windows import Windows, held_out_count
 
@@ -96,7 +96,7 @@ def generate_tokens(model: Model, count: int, length: int, seed: int) -> Tensor:
         suppress_tokens=sorted(set(range(vocabulary)) - set(ordinary.tolist())) or None,
     )
     passages = []
-    with torch.random.fork_rng(devices=[]), tqdm(total=count * each, desc="generate text", unit="passage") as bar:
+    with torch.random.fork_rng(devices=[]), open_bar("generate text", "passage", count * each) as bar:
         torch.manual_seed(seed)
         for part in torch.empty(count * each, 1).split(PASSAGES):
             second = ordinary[torch.randint(len(ordinary), part.shape)]

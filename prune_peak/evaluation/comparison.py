@@ -15,6 +15,7 @@ from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
 from ..options import EvaluateOptions
+from ..progress import next_stage, stages
 from .quality import EvalResult, EvalSet, WindowScores, build_given_eval_set, evaluate_model, summarize_scores
 
 FLIPS = 10_000  # of the signs of the differences, for the test
@@ -90,7 +91,8 @@ def evaluate(models: Sequence[str], data: Sequence[str] | str | Path, **options:
     for sets in eval_sets:
         for source, eval_set in zip(sources[1:], sets[1:], strict=True):
             _check_same(sources[0], sets[0], source, eval_set)
-    return [_compare_models(sources, sets, given.dtype) for sets in eval_sets]
+    with stages(len(names) * len(sources)):
+        return [_compare_models(sources, sets, given.dtype) for sets in eval_sets]
 
 
 def _compare_models(sources: Sequence[Model], eval_sets: Sequence[EvalSet], dtype: str | None) -> Comparison:
@@ -99,6 +101,7 @@ def _compare_models(sources: Sequence[Model], eval_sets: Sequence[EvalSet], dtyp
     for source, eval_set in zip(sources, eval_sets, strict=True):
         compute = DTYPES[dtype or default_dtype(source)]
         scores = evaluate_model(source, eval_set, compute)
+        next_stage()
         entries.append(
             Entry(
                 model=source.label,

@@ -23,6 +23,7 @@ from ..models.config_checks import read_generation
 from ..models.families import FAMILIES, tensors_by_block
 from ..models.loading import MODULE_FILES, SIDE_FILES, Model
 from ..models.weight_names import names_on_disk, split_merged
+from ..progress import track
 from ..sites.plan import SitePlan, pack_plan
 from ..sites.site import Tensors
 from .recipe import PLAN_FILE, RECIPE_FILE
@@ -76,9 +77,11 @@ class FolderWriter:
     def finish(self) -> dict[str, str]:
         """Write the other tensors, the config, the plan and the side files; returns the digests of all tensors."""
         changed = {site.block for site in self.conversion.sites}
-        for block in tensors_by_block(self.source.meta_model, self.source.family):
-            if block not in changed:
-                self._write(block, {})
+        unchanged = [
+            block for block in tensors_by_block(self.source.meta_model, self.source.family) if block not in changed
+        ]
+        for block in track(unchanged, "write the rest", "block"):
+            self._write(block, {})
         for name, (shape, dtype) in self.layout.items():
             if name in self._names and self._names[name] not in self._writer.digests:
                 assert name.endswith(".bias"), name

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from ..errors import PrunePeakError, UsageError, VerificationError, spell
 from ..io.tensor_files import load_tensors, save_tensors
 from ..io.untrusted import check_folder, parse_json, read_json
+from ..progress import phase
 from ..sites.plan import RefitResult, SiteResult, pack_plan, unpack_plan
 from .recipe import RECIPE_FILE
 
@@ -197,8 +198,9 @@ class ResumableRun:
 
     def finish(self) -> None:
         """Rename the checkpoint to its final name, after all files are on disk."""
-        for path in (*self.checkpoint.rglob("*"), self.checkpoint):
-            _sync(path)
+        with phase("flush to the disk"):
+            for path in (*self.checkpoint.rglob("*"), self.checkpoint):
+                _sync(path)
         replaced = self.partial / "replaced"
         if self._force and self.folder.exists():
             os.replace(self.folder, replaced)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -24,6 +23,7 @@ from ..data.windows import IGNORED
 from ..errors import PrunePeakError, spell
 from ..evaluation.divergence import divergence, measure_distance
 from ..options import LORA
+from ..progress import open_bar
 from .windows import HealingData, Row
 
 STEP_TOKENS = 512  # of one update
@@ -75,7 +75,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     """One progress bar, which starts where a run resumes."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="heal", unit="step")
+        self.bar = open_bar("heal", "step", state.max_steps, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()

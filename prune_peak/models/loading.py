@@ -29,6 +29,7 @@ from ..errors import PrunePeakError, brief
 from ..io.checkpoint import Checkpoint, has_weights
 from ..io.tensor_files import digest_tensor
 from ..io.untrusted import TEMPLATES, check_folder, find_modules
+from ..progress import phase, track
 from .config_checks import (
     MOST_BUFFERS,
     build_meta_model,
@@ -152,7 +153,8 @@ class Model(ModelSpec):
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The stock model with all its weights in memory, in evaluation mode."""
-        loaded: PreTrainedModel = self.model_class.from_pretrained(self.folder, dtype=dtype).eval()
+        with phase("load the model"):
+            loaded: PreTrainedModel = self.model_class.from_pretrained(self.folder, dtype=dtype).eval()
         return loaded
 
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -195,7 +197,7 @@ class Model(ModelSpec):
         names = sorted([*self.names.items(), *((disk, disk) for disk in self.disk_names if disk not in plain)])
         at_once = os.cpu_count() or 1
         with ThreadPoolExecutor(at_once) as pool:
-            for start in range(0, len(names), at_once):
+            for start in track(range(0, len(names), at_once), "read the weights", "tensor"):
                 tensors = {name: self.checkpoint.read(disk) for name, disk in names[start : start + at_once]}
                 for name, digest in zip(tensors, pool.map(digest_tensor, tensors.values()), strict=True):
                     total.update(name.encode() + digest.encode())

@@ -16,6 +16,7 @@ from ..models.execution import DTYPES, ExecutionConfig, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
 from ..options import NEURON, CalibrateOptions, CalibrationOptions
+from ..progress import next_stage, stages
 from ..sites.finding import find_sites, prunable_kinds
 from ..sites.site import Site
 from .collection import SiteStats, collect_together
@@ -23,6 +24,7 @@ from .stats_file import Statistics, load_statistics, write_statistics
 
 
 @takes(CalibrateOptions)
+@stages(2)
 def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
     """Measure a model once and keep its statistics in a file, for `compress(stats=...)` at several ratios.
 
@@ -55,6 +57,7 @@ def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
         source, estimate_workload(source, sites, given, covariances), given.max_memory, given.device
     )
     calibration = measure(source, given, execution)
+    next_stage()
     stats = calibration.observe(sites, covariances)
     write_statistics(path, source, calibration.windows, calibration.options, stats, len(sites), covariances)
     return load_statistics(path, source, sites)

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.windows import into_batches
 from ..errors import PrunePeakError, spell
@@ -18,6 +17,7 @@ from ..models.loading import IMAGES, Model, open_model
 from ..models.stream import Batch, Step, Stream
 from ..models.streaming import BlockRun
 from ..models.whole import open_stream
+from ..progress import open_bar
 from ..sites.site import Site
 from .covariance import ActivationBuffer, GramAccumulator, Moments, SplitGram
 from .distributed import ALONE, ProcessGroup, current
@@ -78,10 +78,14 @@ def observe_blocks(
         PrunePeakError: activations that are not finite.
     """
     count = min(max(site.block for site in sites) + 1, stream.passes)
-    for step in tqdm(islice(stream.steps(), count), total=count, desc=description, unit="block"):
-        observers = [create(site, step) for site in sites if step.covers(site.block)]
-        _observe(stream, observers, step.run())
-        yield step, observers
+    done = min(count - 1, min(site.block for site in sites)) if stream.blocks_at_once == 1 else 0  # by a run before
+    with open_bar(description, "block", count, done) as bar:
+        for number, step in enumerate(islice(stream.steps(), count)):
+            observers = [create(site, step) for site in sites if step.covers(site.block)]
+            _observe(stream, observers, step.run())
+            yield step, observers
+            if number >= done:
+                bar.update()
 
 
 def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[int]) -> None:

@@ -24,6 +24,7 @@ from ..memory import Workload, estimate_workload
 from ..models.execution import DTYPES
 from ..models.loading import Model
 from ..options import CalibrationOptions
+from ..progress import track
 from ..sites.site import Site
 from .collection import SiteStats
 from .covariance import ActivationBuffer, Moments, SplitGram
@@ -70,7 +71,7 @@ class Statistics:
 
     def read_sites(self, sites: Sequence[Site], covariances: bool) -> Iterator[SiteStats]:
         """Read the statistics of sites, one by one."""
-        return map(self.read_site, sites)
+        return map(self.read_site, track(sites, "prune", "site"))
 
     def read_site(self, site: Site) -> SiteStats:
         """Read the statistics of a site; raise PrunePeakError if a tensor is missing or invalid."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.data_sets import check_data
 from ..data.images import choose_images
@@ -23,6 +22,7 @@ from ..models.families import find_blocks
 from ..models.loading import Model, open_model
 from ..option_fields import takes
 from ..options import SELF
+from ..progress import next_stage, open_bar, stages
 from ..sites.site import Site
 from .curves import is_significant, mean_and_error
 from .distributions import (
@@ -65,6 +65,7 @@ class Analysis:
 
 
 @takes(AnalyzeOptions)
+@stages(3)
 def analyze(model: str, output: str | Path | None = None, **options: Any) -> Analysis:
     """Measure how every neuron of a model is distributed, and write tables, pictures and a report.
 
@@ -106,6 +107,7 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
         "seed": given.seed,
     }
     turns = 2 if len(splits) > 1 else 1
+    next_stage()
     measured = {text: _measure(source, sites, split.calibration[::turns], compute) for text, split in splits.items()}
     drifts: dict[tuple[str, str], list[Drift]] = {}
     cross: list[dict[str, Any]] = []
@@ -114,6 +116,7 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
             drifts[text, NOISE] = compare(measured[text], _measure(source, sites, split.calibration[1::2], compute))
         drifts |= {(one, other): compare(measured[one], measured[other]) for one, other in combinations(splits, 2)}
         if is_evaluable(source):
+            next_stage()
             cross = list(_cross_rows(_cross(source, sites, splits, compute, given.seed)))
     rows = [{"text": text} | row for text, found in measured.items() for each in found for row in describe(each)]
     stability = [row for (one, other), each in drifts.items() for row in _drift_rows(one, other, each)]
@@ -196,7 +199,7 @@ def _cross(
     first, seeds = next(iter(splits)), range(seed, seed + CROSS_SEEDS)
     changes: Changes = {}
     total = len(splits) * len(kinds) * CROSS_SEEDS * (1 + len(splits) * len(MEASURED_FILLS))
-    with tqdm(total=total, desc="cross") as bar:
+    with open_bar("cross", "trial", total) as bar:
         for evaluated, split in splits.items():
             eval_set = build_eval_set(source, split.held_out, evaluated)
             baseline = TrialRunner(model, sites, {}, eval_set).measure(BASELINE)
