@@ -60,6 +60,9 @@ def describe_stage(name: str) -> str:
     return name if stage is None else f"{name}, stage {stage.number} of {stage.count}"
 
 
+_open: "set[Bar]" = set()
+
+
 class Bar(tqdm):  # type: ignore[type-arg]
     """A bar whose clock goes on while one step takes long."""
 
@@ -67,6 +70,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         self._closed = threading.Event()
         super().__init__(iterable, desc=describe_stage(name), **options)
         if not self.disable:
+            _open.add(self)
             threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
@@ -76,7 +80,14 @@ class Bar(tqdm):  # type: ignore[type-arg]
 
     def close(self) -> None:
         self._closed.set()
+        _open.discard(self)
         super().close()
+
+
+def close_bars() -> None:
+    """End the line of every bar that an error left open."""
+    for bar in list(_open):
+        bar.close()
 
 
 def track(iterable: Iterable[Item], name: str, unit: str, total: int | None = None) -> Iterable[Item]:

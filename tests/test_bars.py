@@ -111,6 +111,17 @@ def test_inner_stages_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
     assert "outer, stage 2 of 2: 100%" in capsys.readouterr().err
 
 
+def test_an_error_begins_a_line(tmp_path: Path, text: Path) -> None:
+    """Also where a bar was open, and its clock stands still then."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(1, patch)
+        words = ("compress", LLAMA, "--ratio", 0.3, "--calibration", text, "--no-refit", "--output", tmp_path / "cut")
+        stopped = run(*words, *SHORT)
+    assert stopped.exit_code == 130
+    assert re.search(r"^Interrupted\. ", stopped.stderr, re.MULTILINE)
+    assert not progress._open
+
+
 def test_a_study_resumes_its_bar(tmp_path: Path, text: Path) -> None:
     words: list[Any] = ["ablate", OPT, "--output", tmp_path / "study", "--calibration", text, *SHORT, "--sites", "mlp"]
     words += ["--fill", "mean", "--seeds", 1]

@@ -278,7 +278,7 @@ BAD = {
     "attention that cannot be narrower": (["--ratio", "attention=0.3"], 1, "no stock class supports fewer heads"),
     "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
     "no sample": (["--samples", "0"], 2, "expected at least 1"),
-    "text not there": (["--calibration", "no.txt"], 1, "not a readable UTF-8 text"),
+    "text not there": (["--calibration", "no.txt"], 1, "no.txt does not exist"),
     "window of one token": (["--sequence-length", "1"], 2, "expected at least 2"),
     "multiple of 0": (["--multiple-of", "0"], 2, "expected at least 1"),
     "multiple too large": (["--multiple-of", "4096"], 1, "keep none"),

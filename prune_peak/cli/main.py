@@ -30,8 +30,11 @@ class Group(click.Group):
             except (Exception, KeyboardInterrupt) as error:
                 if not interrupts and not isinstance(error, KeyboardInterrupt):
                     raise
+                _end_bars()
                 click.echo("Interrupted. Finished work is kept; the same command resumes.", err=True)
                 sys.exit(130)
+            finally:
+                _end_bars()
 
     def _invoke(self, context: click.Context) -> Any:
         try:
@@ -78,6 +81,13 @@ class Group(click.Group):
                 group.report(error)
             except (LostProcessError, KeyboardInterrupt):
                 pass  # rank 0 reports the reason
+
+
+def _end_bars() -> None:
+    """Before a message, so that it begins a line."""
+    from ..progress import close_bars  # imports tqdm, which reads the environment that --quiet sets
+
+    close_bars()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..memory import Workload, estimate_workload
 from ..models.execution import DTYPES
 from ..models.loading import Model
 from ..options import CalibrationOptions
-from ..progress import track
+from ..progress import open_bar
 from ..sites.site import Site
 from .collection import SiteStats
 from .covariance import ActivationBuffer, Moments, SplitGram
@@ -71,7 +71,10 @@ class Statistics:
 
     def read_sites(self, sites: Sequence[Site], covariances: bool) -> Iterator[SiteStats]:
         """Read the statistics of sites, one by one."""
-        return map(self.read_site, track(sites, "prune", "site"))
+        with open_bar("prune", "site", len(sites)) as bar:
+            for site in sites:
+                yield self.read_site(site)
+                bar.update()
 
     def read_site(self, site: Site) -> SiteStats:
         """Read the statistics of a site; raise PrunePeakError if a tensor is missing or invalid."""
