@@ -14,7 +14,7 @@ from typing import Any
 
 import prune_peak
 from prune_peak.evaluation.talk import evaluate_talk
-from prune_peak.options import HealOptions
+from prune_peak.healing.options import HealOptions
 from prune_peak.recovery import prepare_heal
 
 

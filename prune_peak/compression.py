@@ -10,19 +10,30 @@ from typing import Any
 
 from .conversion.layout import Conversion
 from .data.chat import find_template
-from .errors import VerificationError
+from .data.texts import has_tokenizer
+from .errors import VerificationError, spell
 from .evaluation.quality import EvalResult, build_held_out_eval_set, check_collapse, measure_quality
 from .evaluation.talk import ASKED, Talk, describe_talk, measure_talk, read_prompts, warn_of_talk
 from .export.card import write_card
 from .export.digests import digest_files
 from .export.folder import FolderWriter
-from .export.recipe import RECIPE_FILE, Size, describe_run, describe_sites, measure_size, write_json
+from .export.recipe import (
+    RECIPE_FILE,
+    Size,
+    describe_run,
+    describe_shares,
+    describe_sites,
+    describe_steps,
+    measure_size,
+    write_json,
+)
 from .export.resume import ResumableRun
 from .export.tokenizer import keep_tokenizer
 from .job import Job, prepare
 from .models.loading import Model, open_model
 from .option_fields import takes
 from .options import CompressOptions, Ratio
+from .progress import next_stage, stages
 from .pruning.allocation import choose_allocation
 from .pruning.budget import Widths
 from .pruning.site_pruning import plan_site
@@ -40,9 +51,11 @@ class CompressionResult:
     output: Path
     model_class: str
     sees_images: bool
+    has_inputs: bool  # whether the tokenizer (or the image processor) is in the folder
     before: Size
     after: Size
     share: Mapping[str, float]  # of the neurons that were pruned, by the kind of site
+    pruned: str  # the same in words, with what was asked for
     keep_shape: bool  # pruned weights are zero, not deleted
     quality_before: EvalResult | None  # None where the model predicts no tokens
     quality_after: EvalResult | None
@@ -59,6 +72,7 @@ class CompressionResult:
 
 
 @takes(CompressOptions)
+@stages(4)
 def compress(
     model: str, ratio: Ratio | None = None, output: str | Path | None = None, **options: Any
 ) -> CompressionResult:
@@ -80,16 +94,19 @@ def compress(
     with ResumableRun(job.folder, job.fingerprint, job.conversion.layout_bytes, job.options.force) as run:
         calibration = job.calibrate()
         run.require_unchanged("calibration", calibration.windows.digest)
+        next_stage()
         conversion = _choose_conversion(job, calibration, run)
         results, digests = _write_pruned(job, conversion, calibration, run)
         keep_tokenizer(job.source, conversion, run.checkpoint)
         _warn_few_tokens(job, results)
+        next_stage()
         written = open_model(str(run.checkpoint))
         quality = _evaluate_both(job, written, calibration)
         talk = _compare_talk(job, written)
         recipe = _describe(job, written, conversion, calibration, results, quality) | describe_talk(talk)
         recipe["warnings"] += warn_of_talk(talk)
         recipe |= {"tensors": digests, "files": digest_files(run.checkpoint)}
+        next_stage()
         verification = _verify(job, run.checkpoint, recipe)
         write_card(run.checkpoint, recipe, job.source)
         run.finish()
@@ -142,7 +159,8 @@ def _evaluate_both(job: Job, written: Model, calibration: Calibration) -> tuple[
     if eval_set is None:
         return None, None
     before, after = (
-        measure_quality(model, eval_set, calibration.dtype, job.execution) for model in (job.source, written)
+        measure_quality(model, eval_set, calibration.dtype, job.execution, name)
+        for name, model in {"the original": job.source, "the result": written}.items()
     )
     return before, after
 
@@ -176,6 +194,7 @@ def _describe(
         "after": asdict(measure_size(written, zeroed)),
         "quality": {"before": before and asdict(before), "after": after and asdict(after)},
         "warnings": [warning] if warning else [],
+        "steps": describe_steps(conversion.sites, job.options.multiple_of),
         **describe_sites(conversion.sites, results),
     }
 
@@ -209,13 +228,16 @@ def _summarize(
     talk: Sequence[Talk],
     verification: Verification,
 ) -> CompressionResult:
+    share = {site.label: 1 - conversion.kept[site.name] / site.neurons for site in conversion.sites}
     return CompressionResult(
         output=job.folder,
         model_class=recipe["output_class"],
         sees_images=job.source.sees_images,
+        has_inputs=job.source.sees_images or has_tokenizer(job.folder),
         before=Size(**recipe["before"]),
         after=Size(**recipe["after"]),
-        share={site.label: 1 - conversion.kept[site.name] / site.neurons for site in conversion.sites},
+        share=share,
+        pruned=describe_shares(job.options.ratio, share, recipe["steps"]),
         keep_shape=job.options.keep_shape,
         quality_before=quality[0],
         quality_after=quality[1],
@@ -233,7 +255,8 @@ def _warn_few_tokens(job: Job, results: Mapping[str, SiteResult]) -> None:
     others = {result.score for result in results.values()} - {job.options.score}
     if others:
         log.warning(
-            "Some sites have more neurons than there are tokens: %s chose their neurons, not %s. Pass more --samples.",
+            "Some sites have more neurons than there are tokens: %s chose their neurons, not %s. Pass more %s.",
             " ".join(others),
             job.options.score,
+            spell("samples"),
         )

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,17 +14,19 @@ from .conversion.choice import choose_conversion
 from .conversion.classes import ENGINES
 from .data.chat import find_template
 from .data.self_generated import PASSAGES, generate_tokens
+from .data.texts import load_tokenizer
 from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
+from .export.recipe import describe_shares, describe_steps
 from .job import Job, convert, plan_widths, prepare
 from .models.families import find_blocks
-from .models.loading import Model, ModelSpec, count_patches, open_model_spec
+from .models.loading import Model, ModelSpec, count_patches, open_model, open_model_spec
 from .models.whole import open_stream
 from .option_fields import takes
 from .options import Budget, CompressOptions, InspectOptions, Ratio
 from .pruning.budget import Widths, count_parameters
 from .pruning.site_pruning import plan_site
-from .sites.finding import find_sites, labels
+from .sites.finding import find_left_whole, find_sites, labels
 from .stats.collection import collect
 
 # What `estimate` adds to what it times
@@ -39,7 +41,7 @@ class PrunableSites:
     """The sites of one kind, and what a budget leaves of each."""
 
     kind: str
-    count: int  # of the sites
+    blocks: int  # that have one
     neurons: int  # at every site
     step: int  # neurons by which it becomes narrower
     kept: int  # neurons; all of them where the kind is not pruned
@@ -58,6 +60,7 @@ class Inspection:
     dtype: str
     blocks: int
     sites: tuple[PrunableSites, ...]
+    lacking: Mapping[str, str]  # weights, tokenizer: what a local folder lacks for `compress`
     unprunable: Mapping[str, str]  # kinds of site that cannot be made smaller, and parts left whole, with the reason
     parameters: int
     bytes: int
@@ -65,6 +68,7 @@ class Inspection:
     parameters_after: int
     bytes_after: int
     share: float  # of the parameters that would be deleted
+    pruned: str  # the shares of the neurons in words, with what was asked for
     written_as: str
     reason: str  # what the preferred classes lack; empty where the first one is written
     engines: tuple[str, ...]  # serving engines that read the written class
@@ -106,6 +110,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
     widths = min(allocations, key=most_pruned)
     conversion = convert(spec, sites, widths, output_class)
     before, after = count_parameters(spec.meta_model), count_parameters(conversion.meta_model)
+    shares = {site.label: 1 - widths[site.name] / site.neurons for site in sites if site.name in widths}
     prunable: list[PrunableSites] = []
     unprunable: dict[str, str] = {}
     kept = {site.label: widths[site.name] for site in sites if site.name in widths}
@@ -116,7 +121,8 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
                 break
             except PrunePeakError as reason:
                 unprunable.setdefault(kind, str(reason))
-    unprunable |= {f"left whole: {key}": reason for key, reason in spec.family.left_whole.items()}
+    whole = find_left_whole(spec.meta_model, spec.family) | dict(spec.family.left_whole)
+    unprunable |= {f"left whole: {part}": reason for part, reason in whole.items()}
     return Inspection(
         model=spec.name,
         model_type=spec.family.model_type,
@@ -124,6 +130,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         dtype=str(spec.dtype).removeprefix("torch."),
         blocks=len(find_blocks(spec.meta_model, spec.family)),
         sites=tuple(prunable),
+        lacking=dict(_find_lacking(spec)),
         unprunable=unprunable,
         parameters=before,
         bytes=before * spec.dtype.itemsize,
@@ -131,10 +138,25 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         parameters_after=after,
         bytes_after=after * spec.dtype.itemsize,
         share=1 - after / before,
+        pruned=describe_shares(budget.ratio, shares, describe_steps(sites, budget.multiple_of)),
         written_as=conversion.model_class.__name__,
         reason=conversion.reason,
         engines=ENGINES.get(conversion.config.model_type, ()),
     )
+
+
+def _find_lacking(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """What is missing or damaged of a local folder; of a model of the Hub, only the config is fetched."""
+    checks: list[tuple[str, Callable[[], object]]] = []
+    if spec.revision is None and not isinstance(spec, Model):
+        checks.append(("weights", lambda: open_model(spec.name)))
+    if spec.revision is None and not spec.sees_images:
+        checks.append(("tokenizer", lambda: load_tokenizer(spec)))
+    for part, check in checks:
+        try:
+            check()
+        except PrunePeakError as error:
+            yield part, str(error)
 
 
 def _inspect_kind(
@@ -163,7 +185,9 @@ def _inspect_kind(
         module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix("bias").rstrip("._")
         folded_into = f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
     written_as = conversion.model_class.__name__
-    return PrunableSites(kind, len(sites), site.neurons, step, kept or site.neurons, written_as, folded_into, in_place)
+    blocks = len({one.block for one in sites if one.block < len(find_blocks(spec.meta_model, spec.family))})
+    kept = kept or site.neurons
+    return PrunableSites(kind, blocks, site.neurons, step, kept, written_as, folded_into, in_place)
 
 
 @dataclass(frozen=True)

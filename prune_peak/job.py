@@ -8,8 +8,10 @@ from typing import Any
 
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
+from .data.data_sets import check_data
+from .data.texts import load_tokenizer
 from .data.windows import name_data
-from .errors import UsageError
+from .errors import UsageError, spell
 from .evaluation.quality import EvalSet, build_given_eval_set
 from .export.folder import check_side_files
 from .export.recipe import VERSIONS
@@ -19,6 +21,7 @@ from .models.execution import ExecutionConfig
 from .models.forward import check_forward
 from .models.loading import Model, ModelSpec, open_model
 from .options import AUTO, Budget, CompressOptions
+from .progress import phase
 from .proof import prove
 from .pruning.budget import Widths, find_allocations
 from .sites.finding import find_sites
@@ -80,9 +83,10 @@ def prepare(model: str, options: CompressOptions) -> Job:
         UsageError: options that contradict each other or the model.
         PrunePeakError: a model, statistics, data or a memory budget that cannot be used.
     """
-    source = open_model(model, options.revision)
-    check_forward(source)
-    sites, allocations = plan_widths(source, options, options.output_class)
+    with phase("open the model"):
+        source = open_model(model, options.revision)
+        check_forward(source)
+        sites, allocations = plan_widths(source, options, options.output_class)
     statistics = None
     if options.stats is not None:
         statistics = load_statistics(Path(options.stats), source, sites)
@@ -90,12 +94,16 @@ def prepare(model: str, options: CompressOptions) -> Job:
         workload = statistics.workload(source, sites, options.needs_covariances)
     else:
         workload = estimate_workload(source, sites, options, options.needs_covariances)
+    measured = () if options.stats is not None else options.calibration
+    if measured and not source.sees_images:
+        load_tokenizer(source)  # raises
+    check_data([*measured, *(options.evaluate or ())], source.sees_images, options.reading)
     eval_set = None
     if options.evaluate is not None:
-        eval_set = build_given_eval_set(source, options.evaluate, options.sequence_length)
+        eval_set = build_given_eval_set(source, options.evaluate, options.sequence_length, reading=options.reading)
     folder = Path(options.output or f"{Path(model).resolve().name}-peak-{options.label}")
     if source.folder.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"--output {folder} contains the model itself; choose another.")
+        raise UsageError(f"{spell('output', folder)} contains the model itself; choose another.")
     execution = plan_execution(source, workload, options.max_memory, options.device)
     conversion = convert(source, sites, allocations[0], options.output_class)
     check_tokenizer(source, conversion)

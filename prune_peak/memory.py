@@ -14,7 +14,7 @@ import torch
 
 from .data.self_generated import cache_path
 from .data.windows import BATCH_IMAGES, held_out_count, own_samples, window_length
-from .errors import PrunePeakError
+from .errors import PrunePeakError, spell
 from .models.bfloat16 import factor_type
 from .models.execution import BATCH_TOKENS, DTYPES, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
 from .models.families import find_blocks
@@ -66,7 +66,8 @@ def plan_execution(
         if other > budget:
             raise PrunePeakError(
                 f"{source.name} generates its own text with the whole model, which needs {gigabytes(other)} of "
-                f"memory; the budget is {gigabytes(budget)}. Pass --calibration FILE or a larger --max-memory."
+                f"memory; the budget is {gigabytes(budget)}. Pass {spell('calibration', 'FILE')} or "
+                f"{_enough(other)}."
             )
     verifying = BASE_MEMORY + 4 * source.parameters + 12 * PROBED_TOKENS * getattr(source.config, "vocab_size", 0)
     whole_size = WHOLE_SIZE if verifying <= budget else 0
@@ -85,10 +86,16 @@ def plan_execution(
                     batch_tokens, hidden_states_on_disk, whole_size, talks, found, budget < ROOMY * needed, needed
                 )
     least = _most_resident(source, workload, workload.length, True)
+    advice = _advice(source, workload, budget)
     raise PrunePeakError(
         f"{source.name} needs {gigabytes(least)} of memory with these options; the budget is {gigabytes(budget)}. "
-        f"{_advice(source, workload, budget)}Otherwise pass a larger --max-memory."
+        f"{advice}{'Otherwise pass' if advice else 'Pass'} {_enough(least)}."
     )
+
+
+def _enough(needed: int) -> str:
+    """The option that allows so many bytes, rounded up."""
+    return f"a {spell('max_memory')} of {gigabytes(-(-needed // 10**7) * 10**7)} or more"
 
 
 def _advice(source: Model, workload: Workload, budget: int) -> str:
@@ -98,12 +105,12 @@ def _advice(source: Model, workload: Workload, budget: int) -> str:
         samples = (neurons - 1) // workload.length
         few = replace(workload, tokens=samples * workload.length)
         if samples and _most_resident(source, few, workload.length, True) <= budget:
-            return f"--samples {samples} gives fewer tokens than neurons, which needs less. "
+            return f"{spell('samples', samples)} gives fewer tokens than neurons, which needs less. "
     if workload.refit:
         bare = replace(workload, refit=False)
         if _most_resident(source, bare, workload.length, True) <= budget:
-            return f"--no-refit needs {gigabytes(_most_resident(source, bare, workload.length, True))}. "
-    return "A shorter --sequence-length needs less. " if workload.length > 128 else ""
+            return f"{spell('refit', False)} needs {gigabytes(_most_resident(source, bare, workload.length, True))}. "
+    return f"A shorter {spell('sequence_length')} needs less. " if workload.length > 128 else ""
 
 
 def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_states_on_disk: bool) -> int:

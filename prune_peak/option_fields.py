@@ -7,7 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, TypeVar
 
-from .errors import UsageError
+from .errors import UsageError, spell
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,12 +43,12 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def spell(options: "Options") -> str:
+def spell_command(options: "Options") -> str:
     """The options of a command line that differ from their defaults, quoted for a shell.
 
     Example:
         >>> from prune_peak.options import EvaluateOptions
-        >>> spell(EvaluateOptions(data=("my notes.txt",), windows=8))
+        >>> spell_command(EvaluateOptions(data=("my notes.txt",), windows=8))
         "--data 'my notes.txt' --windows 8"
     """
     words = []
@@ -77,7 +77,7 @@ class Options:
                 value = None if value is None else tuple(str(v) if isinstance(v, Path) else v for v in value)
                 object.__setattr__(self, item.name, value)
                 if value == () != item.default and item.metadata["parse"] == "data":
-                    raise UsageError(f"{flag(item.name)}: expected at least one data set.")
+                    raise UsageError(f"{spell(item.name)}: expected at least one data set.")
             _check(item, value)
 
 
@@ -87,11 +87,11 @@ def _check(item: "Field[Any]", value: Any) -> None:
         if part is None:
             continue
         if choices is not None and part not in choices():
-            raise UsageError(f"{flag(item.name)} {part}: expected one of {', '.join(choices())}.")
+            raise UsageError(f"{spell(item.name, part)}: expected one of {', '.join(choices())}.")
         if least is not None and not part >= least:  # NaN is refused
-            raise UsageError(f"{flag(item.name)} {part}: expected at least {least}.")
+            raise UsageError(f"{spell(item.name, part)}: expected at least {least}.")
         if most is not None and not part <= most:
-            raise UsageError(f"{flag(item.name)} {part}: expected at most {most}.")
+            raise UsageError(f"{spell(item.name, part)}: expected at most {most}.")
 
 
 def takes(kind: type[Options]) -> Callable[[Function], Function]:

@@ -1,11 +1,11 @@
 """Every option once: name, default, allowed values, help and check. Imports no torch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, spell
 from .option_fields import Options, option
 
 SELF = "self"  # the data that the model generates itself
@@ -79,6 +79,25 @@ class ComputeOptions(HubOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """What is read of data that has several parts."""
+
+    dataset_config: str | None = option(None, "Configuration of a Hub data set, such as wikitext-2-raw-v1.")
+    dataset_split: str | None = option(None, "Split of a Hub data set.", shown="train")
+    text_column: str | None = option(
+        None, "Column that holds the text, in a Hub data set or a file of records.", shown="text or messages"
+    )
+
+    @property
+    def reading(self) -> "DataOptions":
+        """These options alone."""
+        return DataOptions(**{item.name: getattr(self, item.name) for item in fields(DataOptions)})
+
+
+FIRST_PART = DataOptions()  # the first configuration, the split `train`, the usual columns
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputClassOptions(Options):
     """Which class is written."""
 
@@ -118,13 +137,22 @@ class Budget(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if sum(value is not None for value in (self.ratio, self.target_params, self.target_bytes)) != 1:
-            raise UsageError("pass one of --ratio, --target-params and --target-bytes: how much to prune.")
+            raise UsageError(
+                f"pass one of {spell('ratio')}, {spell('target_params')} and {spell('target_bytes')}: how much to "
+                "prune."
+            )
         if self.keep_shape and self.ratio is None:
-            raise UsageError("--keep-shape saves nothing, so it cannot reach a target; pass --ratio.")
+            raise UsageError(
+                f"{spell('keep_shape', True)} saves nothing, so it cannot reach a target; pass {spell('ratio')}."
+            )
         if self.target_params is not None and not 0 < self.target_params < 1:
-            raise UsageError(f"--target-params {self.target_params}: expected a share between 0 and 1, e.g. 0.8.")
+            raise UsageError(
+                f"{spell('target_params', self.target_params)}: expected a share between 0 and 1, e.g. 0.8."
+            )
         if self.sites and isinstance(self.ratio, Mapping) and set(self.sites) != set(self.ratio):
-            raise UsageError(f"--ratio names {', '.join(self.ratio)}, but --sites names {', '.join(self.sites)}.")
+            raise UsageError(
+                f"{spell('ratio')} names {', '.join(self.ratio)}, but {spell('sites')} names {', '.join(self.sites)}."
+            )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -167,7 +195,10 @@ class PruningOptions(SeedOptions):
         if self.score is None:
             object.__setattr__(self, "score", ELIMINATION if self.refit else DEVIATION)
         if self.score == ELIMINATION and not self.refit:
-            raise UsageError(f"--score {ELIMINATION} requires the refit. Remove --no-refit, or choose another --score.")
+            raise UsageError(
+                f"{spell('score', ELIMINATION)} requires the refit. Remove {spell('refit', False)}, or choose another "
+                f"{spell('score')}."
+            )
 
     @property
     def needs_covariances(self) -> bool:
@@ -176,7 +207,7 @@ class PruningOptions(SeedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions(ComputeOptions, SeedOptions):
+class CalibrationOptions(ComputeOptions, SeedOptions, DataOptions):
     """What the neurons are measured on."""
 
     calibration: tuple[str, ...] = option(
@@ -253,7 +284,7 @@ class CalibrateOptions(ResourceOptions, CalibrationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ComputeOptions):
+class EvaluateOptions(ComputeOptions, DataOptions):
     """The options of `evaluate`."""
 
     data: tuple[str, ...] = option(
@@ -287,37 +318,6 @@ class EvaluateCommand(EvaluateOptions):
             raise UsageError("nothing to measure; pass --data DATA, --talk, --latency or --tasks NAME,....")
         if self.report is not None and (Path(self.report).exists() or not Path(self.report).parent.is_dir()):
             raise UsageError(f"--report {self.report}: expected a file that does not exist, in a folder that does.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealOptions(ResourceOptions, SeedOptions, HubOptions):
-    """The options of `heal`."""
-
-    original: str | None = option(
-        None, "The original (folder or Hub id).", shown="the Hub id that the folder was compressed from"
-    )
-    data: str | None = option(
-        None,
-        "Data to learn on: self (text and chat that the original writes), a text, or a Hub data set.",
-        parse="one",
-        shown="that of the calibration",
-    )
-    tokens: int = option(50_000, "Tokens to learn on, e.g. 50k.", least=1, parse="count")
-    method: str | None = option(
-        None,
-        "Train all weights (full), or adapters that are merged at the end (lora, needs the extra `lora`).",
-        lambda: METHODS,
-        shown="full if it fits --max-memory, else lora",
-    )
-    output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="DIR-healed")
-    force: bool = option(False, "Replace the output folder if it exists.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealCommand(HealOptions):
-    """The options of `heal` on the command line."""
-
-    dry_run: bool = option(False, "Say what it would take, and stop.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from .errors import PrunePeakError
@@ -19,6 +18,7 @@ from .models.loading import IMAGES, Model
 from .models.miniature import takes_choices, takes_one_text
 from .models.stream import Batch
 from .models.streaming import BlockStream
+from .progress import track
 from .sites.hooks import ablated
 from .sites.plan import SitePlan
 from .sites.site import Site
@@ -118,7 +118,7 @@ def run_streamed(
     """Prefill of every batch, block by block; without cached decoding."""
     in_memory = replace(execution, hidden_states_on_disk=False, device=CPU)  # few tokens
     stream = BlockStream(model, batches, dtype, in_memory)
-    for step in tqdm(stream.steps(), total=stream.blocks, desc="verify", unit="block"):
+    for step in track(stream.steps(), "compare outputs", "block", stream.blocks):
         with hooks.on(stream.model, step.index) if hooks else nullcontext():
             for _ in step.run():
                 pass

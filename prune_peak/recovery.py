@@ -12,23 +12,26 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from .data.data_sets import check_data, reading_of
 from .data.windows import name_data, window_length
-from .errors import PrunePeakError, UsageError, VerificationError
+from .errors import PrunePeakError, UsageError, VerificationError, spell
 from .evaluation.divergence import Distance, measure_distance
 from .export.card import write_card
 from .export.digests import digest_files
 from .export.folder import copy_side_files
 from .export.recipe import RECIPE_FILE, VERSIONS, read_recipe, write_json
 from .export.resume import ResumableRun
+from .healing.options import HealOptions
 from .healing.training import STEP_TOKENS, into_batches, train
-from .healing.windows import HELD_OUT_FILE, HealingData, choose_data, load_data
+from .healing.windows import HELD_OUT_FILE, HealingData, choose_data, load_data, recorded_reading
 from .io.writer import Writer
 from .memory import MACHINE_SHARE, estimate_healing, gigabytes, physical_memory
 from .models.execution import find_device
 from .models.loading import Model, open_model
 from .models.weight_names import split_merged
 from .option_fields import takes
-from .options import FULL, LORA, METHODS, PROCESSOR, SELF, HealOptions
+from .options import FULL, LORA, METHODS, PROCESSOR, SELF, DataOptions
+from .progress import next_stage, stages
 from .verification import Verification, verify
 from .version import __version__
 
@@ -51,6 +54,7 @@ class HealJob:
     original: Model
     model: Model  # compressed
     data: str
+    reading: DataOptions  # of the data
     method: str
     output: Path
     device: torch.device
@@ -66,6 +70,7 @@ class HealJob:
             "method": self.method,
             "seed": self.options.seed,
             "device": self.device.type,
+            **asdict(self.reading),
         }
 
     @property
@@ -114,6 +119,7 @@ class HealResult:
 
 
 @takes(HealOptions)
+@stages(4)
 def heal(folder: str | Path, **options: Any) -> HealResult | None:
     """Let a folder that `compress` wrote learn back from the original, and write another folder.
 
@@ -147,15 +153,18 @@ def heal(folder: str | Path, **options: Any) -> HealResult | None:
         data = _prepare_data(job, partial / DATA_FILE)
         run.require_unchanged("data", data.digest)
         state.wait_for_everyone()
+        next_stage()
         before, best = _train(job, data, partial / TRAINING)
+        next_stage()
         digests = _write(job, run.checkpoint, best)
         after = _measure_written(job, run.checkpoint, data)
         if after.kl >= before[1].kl:
             raise PrunePeakError(
                 f"{folder} does not get better by this: the divergence on held-out windows of {data.source} was "
-                f"{before[1].kl:.4f} and is {after.kl:.4f}. Nothing was written. Pass more or other --data."
+                f"{before[1].kl:.4f} and is {after.kl:.4f}. Nothing was written. Pass more or other {spell('data')}."
             )
         recipe = _describe(job, data, before, after) | {"tensors": digests}
+        next_stage()
         verification = _finish(job, run.checkpoint, recipe, data)
         run.finish()
     return HealResult(
@@ -197,7 +206,9 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
     """
     recipe = read_recipe(folder)
     if "healing" in recipe:
-        raise UsageError(f"{folder} is healed already. Heal the folder that compress wrote, with more --tokens.")
+        raise UsageError(
+            f"{folder} is healed already. Heal the folder that compress wrote, with more {spell('tokens')}."
+        )
     model = open_model(str(folder))
     if not model.meta_model.can_generate():
         raise PrunePeakError(
@@ -205,9 +216,11 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
         )
     original = _open_original(folder, recipe, options)
     data = options.data or _data_of(folder, recipe)
+    reading = reading_of(data, recorded_reading(recipe["options"])) if options.data is None else options.reading
+    check_data([data], original.sees_images, reading)
     output = Path(options.output or f"{folder.resolve().parent / folder.resolve().name}-healed")
     if folder.resolve().is_relative_to(output.resolve()) or original.folder.resolve().is_relative_to(output.resolve()):
-        raise UsageError(f"--output {output} contains the model itself; choose another.")
+        raise UsageError(f"{spell('output', output)} contains the model itself; choose another.")
     device = find_device(options.device)
     budget = options.max_memory or int(MACHINE_SHARE * physical_memory())
     length = window_length(original, recipe["options"]["sequence_length"])
@@ -218,24 +231,29 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
     }
     fitting = [choice for choice, need in needs.items() if need <= budget or device.type != PROCESSOR]
     if not fitting:
+        lora = spell("method", LORA)
         method, tokens = min(needs, key=lambda choice: needs[choice])
         raise PrunePeakError(
             f"to heal {folder} by {method} needs {gigabytes(needs[method, tokens])} of memory; the budget is "
-            f"{gigabytes(budget)}. Pass a larger --max-memory{'' if method == LORA else ', or --method lora'}."
+            f"{gigabytes(budget)}. Pass a larger {spell('max_memory')}{'' if method == LORA else f', or {lora}'}."
         )
     method, tokens = fitting[0]
     memory = needs[method, tokens]
-    return HealJob(options, folder, recipe, original, model, data, method, output, device, memory, tokens)
+    return HealJob(options, folder, recipe, original, model, data, reading, method, output, device, memory, tokens)
 
 
 def _open_original(folder: Path, recipe: Mapping[str, Any], options: HealOptions) -> Model:
     source = recipe["source"]
     name = options.original or (source["model"] if source["revision"] else None)
     if name is None:
-        raise UsageError(f"{folder} was compressed from a local folder, {source['model']}; pass --original DIR.")
+        raise UsageError(
+            f"{folder} was compressed from a local folder, {source['model']}; pass {spell('original', 'DIR')}."
+        )
     original = open_model(name, options.revision or (None if options.original else source["revision"]))
     if original.digest != source["digest"]:
-        raise PrunePeakError(f"{name} is not the model that {folder} was compressed from. Pass that with --original.")
+        raise PrunePeakError(
+            f"{name} is not the model that {folder} was compressed from. Pass that with {spell('original')}."
+        )
     return original
 
 
@@ -243,20 +261,23 @@ def _data_of(folder: Path, recipe: Mapping[str, Any]) -> str:
     names: list[str] = recipe["options"]["calibration"]
     if names == [SELF] or Path(names[0]).is_file() or "/" in names[0]:
         return names[0]
-    raise UsageError(f"{folder} was calibrated on {names[0]}, which is not here; pass --data FILE, or --data self.")
+    raise UsageError(
+        f"{folder} was calibrated on {names[0]}, which is not here; pass {spell('data', 'FILE')}, or "
+        f"{spell('data', SELF)}."
+    )
 
 
 def _prepare_data(job: HealJob, path: Path) -> HealingData:
     """The data, made once; a resumed run finds it."""
     if not path.is_file():
-        choose_data(job.original, job.recipe, job.data, job.options.tokens, job.options.seed).save(path)
+        choose_data(job.original, job.recipe, job.data, job.options.tokens, job.options.seed, job.reading).save(path)
     data = load_data(path)
     if data.tokens < job.options.tokens * ENOUGH:
         log.warning(
-            "%s has %d tokens to learn on, fewer than --tokens %d: they are learned %.1f times.",
+            "%s has %d tokens to learn on, fewer than %s: they are learned %.1f times.",
             data.source,
             data.tokens,
-            job.options.tokens,
+            spell("tokens", job.options.tokens),
             job.options.tokens / data.tokens,
         )
     return data

@@ -17,19 +17,20 @@ import transformers
 
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
-from .errors import PrunePeakError
+from .errors import PrunePeakError, spell
 from .evaluation.divergence import measure_distance
 from .export.digests import changed_files, changed_tensors
 from .export.folder import prune_block
 from .export.recipe import read_plan, read_recipe
 from .export.tokenizer import behaves_alike
 from .healing.training import into_batches
-from .healing.windows import HELD_OUT_FILE, choose_data, load_data
+from .healing.windows import HELD_OUT_FILE, choose_data, load_data, recorded_reading
 from .models.execution import CPU, ExecutionConfig
 from .models.families import tensors_by_block
 from .models.loading import Model, open_model
 from .options import SELF
 from .probes import Hooks, Outputs, Whole, probe_batches, run_streamed
+from .progress import next_stage, phase, stages, track
 from .sites.expert_mlp import ExpertSite
 from .sites.finding import find_sites
 from .sites.plan import SitePlan
@@ -75,12 +76,21 @@ def verify(
         PrunePeakError: prune-peak did not write the folder, or it belongs to another original.
     """
     recipe = read_recipe(folder)
+    with stages(2 if original is None else 3 if "healing" in recipe else 4):
+        return _verify(folder, recipe, original, execution, data)
+
+
+def _verify(
+    folder: Path, recipe: Mapping[str, Any], original: Model | None, execution: ExecutionConfig, data: str | None
+) -> Verification:
     result = Verification()
     _check_digests(result, folder, recipe)
+    next_stage()
     if not result.passed:
         return result
     written = open_model(str(folder))
     _check_loading(result, written)
+    next_stage()
     if result.passed and "healing" in recipe:
         _check_healing(result, folder, recipe, original, written, data)
     elif result.passed and original is not None:
@@ -96,6 +106,7 @@ def verify(
             plan = RefittedPlan(plan, original, conversion, written, options)
         _check_tokenizer(result, original, written)
         _check_tensors(result, original, written, conversion, plan)
+        next_stage()
         _check_outputs(result, original, written, sites, plan, execution)
     return result
 
@@ -206,9 +217,12 @@ def _check_healing(
     if healing["data"] == SELF:
         rows = load_data(folder / HELD_OUT_FILE).held_out
     elif data is not None:
-        rows = choose_data(original, recipe, data, healing["tokens"], healing["seed"]).held_out
+        reading = recorded_reading(healing)
+        rows = choose_data(original, recipe, data, healing["tokens"], healing["seed"], reading).held_out
     else:
-        log.warning("The held-out windows are not measured again: pass the text %s with --data.", healing["data"])
+        log.warning(
+            "The held-out windows are not measured again: pass the text %s with %s.", healing["data"], spell("data")
+        )
         return
     batches = into_batches(rows, CPU)
     found, told = (
@@ -229,7 +243,8 @@ def _check_tokenizer(result: Verification, original: Model, written: Model) -> N
 
 def _check_loading(result: Verification, written: Model) -> None:
     """Stock transformers loads the folder with no key left over."""
-    model, info = written.model_class.from_pretrained(written.folder, dtype="auto", output_loading_info=True)
+    with phase("load by transformers"):
+        model, info = written.model_class.from_pretrained(written.folder, dtype="auto", output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     name = f"{written.model_class.__name__} of transformers {transformers.__version__}"
     seen = f"{name}: {wrong or 'nothing missing, unexpected or mismatched'}"
@@ -243,7 +258,7 @@ def _check_tensors(
     """Copied tensors equal the original's, sliced and folded ones what the plan gives."""
     differing = []
     others = set(written.tensor_names)
-    for block in tensors_by_block(original.meta_model, original.family):
+    for block in track(tensors_by_block(original.meta_model, original.family), "compare tensors", "block"):
         for name, tensor in prune_block(original, conversion, plan, block).items():
             others.discard(name)
             found = written.read(name)
@@ -271,7 +286,9 @@ def _check_outputs(
 
     def run(model: Model, dtype: torch.dtype, hooks: Hooks | None, teacher: Outputs | None = None) -> Outputs:
         if whole:
-            return Whole(model, dtype, hooks).run(batches, teacher)
+            stock = Whole(model, dtype, hooks)
+            with phase("compare outputs"):
+                return stock.run(batches, teacher)
         return run_streamed(model, batches, dtype, hooks, execution)
 
     exact = run(original, torch.float32, hooks)

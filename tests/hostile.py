@@ -508,6 +508,17 @@ HEADER = {
     "extra tensor": (tensors(H, lambda held: held.update(more=torch.ones(1))), "not part of"),
     "extra tensor, with escapes": (tensors(H, lambda held: held.update({ESCAPES: torch.ones(1)})), r"\x1b]0;owned"),
     "duplicate tensor": (header(H, lambda told: json.dumps(told).replace("lm_head.weight", NORM).encode()), UNREADABLE),
+    **{
+        f"names with the prefix {prefix}": (
+            tensors(H, lambda held, prefix=prefix: {prefix + name: tensor for name, tensor in held.items()}),
+            f"have the prefix {prefix} of ",
+        )
+        for prefix in ("_orig_mod.", "base_model.model.", "module.", "_fsdp_wrapped_module.")
+    },
+    "names with a prefix inside": (
+        tensors(H, lambda held: {name.replace(".0.", ".0._orig_mod."): tensor for name, tensor in held.items()}),
+        "Save model._orig_mod with `save_pretrained` instead",
+    ),
     "a tensor by two names": (
         tensors(H, lambda held: held.update({"norm.weight": held[NORM].clone()})),
         "are the same tensor",
@@ -602,7 +613,7 @@ TOKENIZER = {
 }
 
 TEXT = {
-    "missing": (remove("text.txt"), "is not a readable UTF-8 text"),
+    "missing": (remove("text.txt"), "text.txt does not exist, and is no id of a Hub data set"),
     "empty": (put("text.txt", ""), "has 0 tokens"),
     "short": (put("text.txt", "a b"), "fewer than one window"),
     "not UTF-8": (put("text.txt", b"\xff\xfe\xfa"), "is not a readable UTF-8 text"),
@@ -968,14 +979,32 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
     ),
     "missing text": (
         ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "{}/n.txt", *SHORT),
-        "No such file",
+        "n.txt does not exist",
         1,
     ),
     "text of a long name": (
         ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "x" * 5000, *SHORT),
-        "is neither a file nor",
+        "does not exist, and is no id of a Hub data set",
         1,
     ),
+    "images for a model of text": (
+        ("compress", "--model", "{}/model", "--ratio", "0.3", "--calibration", "{}/images", *SHORT),
+        "is a folder of images, and the model reads text",
+        1,
+    ),
+    "text for a model of images": (
+        ("compress", "--model", "{}/vit", "--ratio", "0.3", "--calibration", "{}/text.txt", *SHORT),
+        "is a file, and the model takes images",
+        1,
+    ),
+    "part of a text": ((*BARE, "--ratio", "0.3", "--dataset-split", "test"), "is for a Hub data set", 2),
+    "column of a text": ((*BARE, "--ratio", "0.3", "--text-column", "body"), "is for data with columns", 2),
+    "column with escapes": (
+        ("evaluate", "--model", "{}/model", "--data", "{}/text.jsonl", "--text-column", ESCAPES, "-q"),
+        r"\x1b]0;owned",
+        1,
+    ),
+    "memory of 10 MB": ((*BARE, "--ratio", "0.3", "--max-memory", "10MB"), "Pass a --max-memory of 0.", 1),
     "output of a long name": ((*BARE, "--ratio", "0.3", "--output", "x" * 5000), "File name too long", 1),
     "output in the place of a file": ((*BARE, "--ratio", "0.3", "--output", "{}/text.txt"), "text.txt is a file", 1),
     "output below a file": ((*BARE, "--ratio", "0.3", "--output", "{}/text.txt/out"), "cannot be written", 1),

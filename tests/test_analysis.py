@@ -133,12 +133,12 @@ def test_a_neuron_that_is_not_there_is_refused(neuron: str, tmp_path: Path) -> N
 def test_bad_input_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"two data sets are named text\.txt"):
         analyze(LLAMA, tmp_path / "out", data=[str(text), str(text)], samples=2, sequence_length=32)
-    with pytest.raises(UsageError, match="--samples 0"):
+    with pytest.raises(UsageError, match="samples=0"):
         analyze(LLAMA, tmp_path / "out", samples=0)
     short = tmp_path / "short.txt"
     short.write_text(text.read_text()[:420])
     with pytest.raises(PrunePeakError, match=r"short\.txt.* too short"):
         analyze(LLAMA, tmp_path / "out", data=[str(text), str(short)], samples=2, sequence_length=64)
-    with pytest.raises(PrunePeakError, match="is not a readable UTF-8 text"):
+    with pytest.raises(PrunePeakError, match=r"none\.txt does not exist"):
         analyze(LLAMA, tmp_path / "out", data=[str(tmp_path / "none.txt")])
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ MINI = str(EXAMPLES / "llama-mini")
 
 @pytest.mark.parametrize("asked", [{}, {"ratio": 0.3, "target_params": 0.8}, {"target_params": 0.8, "target_bytes": 9}])
 def test_exactly_one_budget(asked: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="pass one of --ratio, --target-params and --target-bytes"):
+    with pytest.raises(UsageError, match="pass one of ratio, target_params and target_bytes"):
         Budget(**asked)
 
 
@@ -38,7 +38,7 @@ def test_ratio_names_sites() -> None:
     assert Budget(ratio={"attention": 0.3, "mlp": 0.2}).kinds == ("attention", "mlp")
     assert Budget(ratio=0.3).kinds == ("mlp",)
     assert Budget(ratio=0.3, sites=("attention",)).kinds == ("attention",)
-    with pytest.raises(UsageError, match="names mlp, but --sites names attention"):
+    with pytest.raises(UsageError, match="names mlp, but sites names attention"):
         Budget(ratio={"mlp": 0.2}, sites=("attention",))
 
 

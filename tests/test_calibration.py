@@ -1,6 +1,7 @@
 """Statistics files, and the texts of a calibration."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from prune_peak.models.loading import open_model
 from prune_peak.options import ELIMINATION, RANDOM, SCORES
 from prune_peak.pruning.site_pruning import select
 from prune_peak.sites.finding import find_sites
+from prune_peak.stats.calibration import calibrate
 from prune_peak.stats.collection import collect
 
 
@@ -169,6 +171,19 @@ def test_invalid_statistics_files(tmp_path: Path, text: Path) -> None:
         assert result.exit_code == 1, damage
         assert result.stderr.startswith("Error: ")
     assert not (tmp_path / "cut").exists()
+
+
+def test_statistics_need_no_tokenizer(tmp_path: Path, text: Path) -> None:
+    """A run by statistics reads no text; it ends without the tokenizer, and names none."""
+    model = shutil.copytree(EXAMPLES / "llama-mini", tmp_path / "model")
+    statistics = tmp_path / "model.stats"
+    calibrate(str(model), statistics, calibration=str(text), samples=2, sequence_length=32)
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    result = compress(model, tmp_path / "cut", text, "--stats", statistics)
+    assert result.exit_code == 0, result.stderr
+    assert "okenizer" not in result.stdout
+    assert "from_pretrained" in result.stdout
 
 
 def test_json_lines(tmp_path: Path) -> None:

@@ -224,3 +224,6 @@ def test_tasks_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     unknown = run(EXAMPLES / "llama-mini", "--tasks", "no_such_task")
     assert unknown.exit_code == 2
     assert "lm-evaluation-harness has no such task" in unknown.stderr
+    offline = run(EXAMPLES / "llama-mini", "--tasks", "arc_easy")
+    assert offline.exit_code == 1
+    assert "--tasks arc_easy: their data cannot be loaded" in offline.stderr

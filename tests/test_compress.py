@@ -282,7 +282,7 @@ BAD = {
     "attention that cannot be narrower": (["--ratio", "attention=0.3"], 1, "no stock class supports fewer heads"),
     "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
     "no sample": (["--samples", "0"], 2, "expected at least 1"),
-    "text not there": (["--calibration", "no.txt"], 1, "not a readable UTF-8 text"),
+    "text not there": (["--calibration", "no.txt"], 1, "no.txt does not exist"),
     "window of one token": (["--sequence-length", "1"], 2, "expected at least 2"),
     "multiple of 0": (["--multiple-of", "0"], 2, "expected at least 1"),
     "multiple too large": (["--multiple-of", "4096"], 1, "keep none"),
@@ -328,6 +328,29 @@ def test_nan_weights_are_refused_and_nothing_stays(tmp_path: Path, text: Path) -
     assert result.exit_code == 1
     assert "not finite" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
+
+
+def test_an_empty_output_folder_is_used(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    result = run(
+        "compress",
+        f"{EXAMPLES / 'opt-mini'}/",
+        "--ratio",
+        0.3,
+        "--output",
+        f"{tmp_path / 'cut'}/",
+        "--calibration",
+        text,
+        "--samples",
+        2,
+        "--sequence-length",
+        32,
+        "--no-refit",
+        "-q",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "cut" / "prune_peak.json").read_text())["source"]["model"] == "opt-mini"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "text.txt"]
 
 
 def test_an_output_that_exists_is_not_touched(tmp_path: Path, text: Path) -> None:

@@ -238,7 +238,7 @@ def test_unknown_output_class_is_refused(tmp_path: Path) -> None:
     source = spec("llama-tied", tmp_path)
     sites = find_sites(source.meta_model, source.family, ["mlp"])
     with pytest.raises(
-        UsageError, match=r"--output-class mamba: expected auto, own, or one of " + ", ".join(OUTPUT_CLASSES)
+        UsageError, match=r"output_class='mamba': expected auto, own, or one of " + ", ".join(OUTPUT_CLASSES)
     ):
         choose_conversion(source, sites, widths_of(sites, {"mlp": 40}), torch.float32, "mamba")
 

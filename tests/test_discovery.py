@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from click.testing import CliRunner
 from conftest import EXAMPLES
 from tiny import TINY
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.models.auto import modeling_auto
 
 import prune_peak
+from prune_peak.cli.main import main
 from prune_peak.errors import PrunePeakError
 from prune_peak.io.checkpoint import Checkpoint
 from prune_peak.models import config_checks
@@ -299,6 +301,38 @@ def test_what_is_left_whole_is_named(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(PrunePeakError, match=r"moe_intermediate_size: .*experts"):
         prune_peak.inspect(str(tmp_path), 0.3)
+
+
+MIXERS = {
+    "DeepseekV3": ("self_attn", "multi-head latent attention (DeepseekV3Attention), in 2 of 2 blocks"),
+    "Qwen3_5": ("linear_attn", "linear attention (Qwen3_5GatedDeltaNet), in 3 of 4 blocks"),
+    "Bamba": ("mamba", "Mamba (BambaMixer), in 2 of 2 blocks"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_are_left_whole(name: str, tmp_path: Path) -> None:
+    """The MLPs beside them are pruned."""
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    model, _ = build_miniature(model_class, model_class.config_class())
+    model.config.architectures = [model_class.__name__]
+    model.config.save_pretrained(tmp_path)
+    inspection = prune_peak.inspect(str(tmp_path), 0.5)
+    part, words = MIXERS[name]
+    assert inspection.unprunable[f"left whole: {part}"] == words
+    sites = {site.kind: site for site in inspection.sites}
+    assert sites["mlp"].kept < sites["mlp"].neurons
+    assert sites["mlp"].blocks == inspection.blocks
+    if name == "Qwen3_5":
+        assert sites["attention"].blocks == 1
+        shown = CliRunner().invoke(main, ["inspect", str(tmp_path), "--ratio", "0.5"]).stdout
+        assert "neurons in each of 1 of 4 blocks" in shown
+
+
+def test_no_part_is_left_whole_where_all_are_pruned() -> None:
+    inspection = prune_peak.inspect(str(EXAMPLES / "opt-mini"), 0.3)
+    assert not [part for part in inspection.unprunable if part.startswith("left whole")]
 
 
 def test_inspect_of_a_large_config_is_quick(tmp_path: Path) -> None:

@@ -178,8 +178,8 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 def test_inspect_shows_experts() -> None:
     kinds = {site.kind: site for site in prune_peak.inspect(str(MIXTURE), {"experts": 0.25}).sites}
-    assert (kinds["experts"].count, kinds["experts"].neurons, kinds["experts"].kept) == (3, 8, 6)
-    assert (kinds["expert-mlp"].count, kinds["expert-mlp"].neurons) == (24, 256)
+    assert (kinds["experts"].blocks, kinds["experts"].neurons, kinds["experts"].kept) == (3, 8, 6)
+    assert (kinds["expert-mlp"].blocks, kinds["expert-mlp"].neurons) == (3, 256)
 
 
 def test_common_path() -> None:

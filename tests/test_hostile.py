@@ -40,7 +40,7 @@ def prepare(case: str, valid: Path, folder: Path) -> tuple[list[str], str, int]:
     """Lay a damaged copy into a folder; the command, the words of the error, and the exit code."""
     kind, name = CASES[case]
     if kind == "options":
-        needs, (command, words, code) = ("model", "vit", "text.txt"), OPTIONS[name]
+        needs, (command, words, code) = ("model", "vit", "text.txt", "text.jsonl", "images"), OPTIONS[name]
     else:
         row = KINDS[kind]
         needs, command, code = row.needs, row.command, row.code

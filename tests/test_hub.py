@@ -146,7 +146,10 @@ def test_what_the_hub_does_not_have_is_one_line(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     done = run("inspect", *words)
     assert done.exit_code == 1
-    assert done.stderr.startswith(f"Error: {words[0]} is not a folder, and the download from the Hub failed")
+    told = (
+        "neither a folder nor in the Hub's cache" if offline else "not a folder, and the download from the Hub failed"
+    )
+    assert done.stderr.startswith(f"Error: {words[0]} is {told}")
     assert len(done.stderr.strip().splitlines()) == 1
 
 

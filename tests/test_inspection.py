@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -46,6 +47,53 @@ def test_inspect_predicts_the_output(tiny: Tiny, tmp_path: Path) -> None:
     assert bool(biases) != mlp.folded_into.startswith("nowhere")
     assert all(bool(bias.any()) for bias in biases)
     assert bool(inspection.reason) == (inspection.written_as != inspection.model_class or not biases)
+
+
+LACKING = {
+    "all there": ((), None, {}),
+    "weights": (("model.safetensors",), None, {"weights": "contains no weights"}),
+    "truncated": ((), 1000, {"weights": "it may be truncated"}),
+    "tokenizer": (("tokenizer.json", "tokenizer_config.json"), None, {"tokenizer": "there is no file of one. Copy it"}),
+}
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_what_a_folder_lacks(case: str, tmp_path: Path) -> None:
+    removed, length, expected = LACKING[case]
+    shutil.copytree(EXAMPLES / "opt-mini", tmp_path / "model")
+    for name in removed:
+        (tmp_path / "model" / name).unlink()
+    if length is not None:
+        path = tmp_path / "model" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-length])
+    inspection = inspect(str(tmp_path / "model"))
+    assert inspection.lacking.keys() == expected.keys()
+    assert all(words in inspection.lacking[part] for part, words in expected.items())
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "model")]).stdout
+    assert all(words in shown for words in expected.values())
+    assert ("tokenizer" in shown) == ("tokenizer" in expected)
+
+
+PRUNED = {  # options of `inspect`: what it says
+    "--ratio 0.5": "50.0% of the MLP neurons = 30.4% of the model",
+    "--ratio 0.3": "29.2% of the MLP neurons (asked 30%: multiples of 8) = 17.6% of the model",
+    "--ratio attention=0.3": "50.0% of the attention neurons (asked 30%: whole heads, as many of every KV group) =",
+    "--ratio 0.4 --sites attention --unit group": "(asked 40%: whole KV groups) = 10.1% of the model",
+    "--target-params 0.8": "33.3% of the MLP neurons = 20.2% of the model",
+    "--ratio 0.3 --keep-shape": "29.2% of the MLP neurons (asked 30%: multiples of 8)\n",
+}
+
+
+@pytest.mark.parametrize("words", PRUNED)
+def test_what_is_asked_and_what_is_pruned(words: str) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(EXAMPLES / "llama-mini"), *words.split()])
+    assert result.exit_code == 0, result.stderr
+    [line] = re.findall(r"^pruned +(.*\n)", result.stdout, re.MULTILINE)
+    assert PRUNED[words] in line
+
+
+def test_images_need_no_tokenizer() -> None:
+    assert not inspect(str(EXAMPLES / "vit-mini")).lacking
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)

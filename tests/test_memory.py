@@ -14,7 +14,7 @@ from tiny import TINY, VOCABULARY, random_inputs
 
 from prune_peak import memory
 from prune_peak.data.windows import into_batches
-from prune_peak.errors import PrunePeakError
+from prune_peak.errors import PrunePeakError, UsageError
 from prune_peak.memory import BASE_MEMORY, Workload, plan_execution
 from prune_peak.models.execution import ExecutionConfig
 from prune_peak.models.loading import Model, open_model
@@ -54,7 +54,8 @@ def test_smaller_budgets_use_the_disk_then_smaller_batches(mini: Model) -> None:
 
 def test_too_small_budget_is_refused(mini: Model) -> None:
     with pytest.raises(
-        PrunePeakError, match=r"needs 0\.\d\d GB of memory .* the budget is 0\.10 GB.*larger --max-memory"
+        PrunePeakError,
+        match=r"needs 0\.\d\d GB of memory .* the budget is 0\.10 GB.*a max_memory of 0\.\d\d GB or more\.$",
     ):
         plan_execution(mini, load(mini), 10**8)
     with pytest.raises(PrunePeakError, match="generates its own text with the whole model"):
@@ -108,11 +109,17 @@ def test_refitted_weights_of_one_block_in_memory(tmp_path: Path, text: Path, mon
     assert not any(reader() is not None for reader in readers)
 
 
-def test_missing_device_falls_back_to_the_cpu(mini: Model, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_device_is_refused(mini: Model) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert plan_execution(mini, load(mini), device="cuda").device.type == "cpu"
-    assert "No cuda device" in caplog.text
+    with pytest.raises(UsageError, match=r"device='cuda': torch .* finds no such device here. Use device='cpu'\."):
+        plan_execution(mini, load(mini), device="cuda")
+
+
+def test_a_tiny_budget_ends_in_a_sentence(mini: Model) -> None:
+    """Nothing needs less, so the memory that is enough is all the advice."""
+    with pytest.raises(PrunePeakError, match=r"budget is 0\.01 GB\. Pass a max_memory of 0\.\d\d GB or more\.$"):
+        plan_execution(mini, load(mini), 10_000_000)
 
 
 def test_a_budget_from_the_command_line(tmp_path: Path, text: Path) -> None:

@@ -18,8 +18,9 @@ import prune_peak
 from prune_peak import options
 from prune_peak.cli.main import main
 from prune_peak.conversion.classes import OUTPUT_CLASSES, register
-from prune_peak.errors import UsageError
+from prune_peak.errors import PrunePeakError, UsageError
 from prune_peak.export.card import reproduce
+from prune_peak.healing.options import HealCommand, HealOptions
 from prune_peak.models.families import FAMILIES, Family
 from prune_peak.option_fields import Options, flag, spell
 from prune_peak.options import (
@@ -45,7 +46,7 @@ COMMANDS: dict[str, type[Options]] = {
     "compress": options.CompressCommand,
     "evaluate": options.EvaluateCommand,
     "export": options.ExportOptions,
-    "heal": options.HealCommand,
+    "heal": HealCommand,
     "inspect": options.InspectOptions,
     "push": options.PushOptions,
     "verify": options.VerifyOptions,
@@ -57,7 +58,7 @@ FUNCTIONS = {
     "compress": options.CompressOptions,
     "evaluate": options.EvaluateOptions,
     "export_model": options.ExportOptions,
-    "heal": options.HealOptions,
+    "heal": HealOptions,
     "inspect": options.InspectOptions,
     "push": options.PushOptions,
 }
@@ -163,7 +164,7 @@ def test_recipe_card_and_statistics_take_the_names_of_the_options(tmp_path: Path
         (["--output", MODEL], "contains the model itself"),
         (["--no-refit", "--stats", "PLAIN", "--sites", "mlp,attention", "--target-params", 0.8], "no covariances"),
         (["--stats", "PLAIN"], "no covariances"),
-        (["--evaluate", "none.txt"], "not a readable UTF-8 text"),
+        (["--evaluate", "none.txt"], "none.txt does not exist"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value[:2])),
 )
@@ -251,14 +252,51 @@ def test_registered_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (AblateOptions, {"fraction": float("nan")}, "--fraction nan"),
-        (CompressOptions, {"ratio": 0.3, "calibration": []}, "--calibration: expected at least one data set"),
-        (AnalyzeOptions, {"data": []}, "--data: expected at least one data set"),
+        (AblateOptions, {"fraction": float("nan")}, "fraction=nan"),
+        (CompressOptions, {"ratio": 0.3, "calibration": []}, "calibration: expected at least one data set"),
+        (AnalyzeOptions, {"data": []}, "data: expected at least one data set"),
     ],
 )
 def test_invalid_values(kind: type[Options], values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         kind(**values)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "told"),
+    [
+        (["--samples", "0"], {"samples": 0}, ("--samples 0: expected", "samples=0: expected")),
+        (
+            ["--no-refit", "--score", "elimination"],
+            {"refit": False, "score": "elimination"},
+            ("--no-refit", "refit=False"),
+        ),
+        (
+            ["--keep-shape", "--target-params", "0.5"],
+            {"keep_shape": True, "target_params": 0.5},
+            ("--keep-shape", "keep_shape=True"),
+        ),
+        (["--output-class", "mamba"], {"output_class": "mamba"}, ("--output-class mamba:", "output_class='mamba':")),
+        (["--output", "there"], {"output": "there"}, ("pass --force to", "pass force=True to")),
+    ],
+)
+def test_advice_is_for_who_asked(
+    words: list[str], options: dict[str, Any], told: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option in a command, an argument in Python; the usage is that of the command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("precious")
+    budget = {} if "target_params" in options else {"ratio": 0.3}
+    result = run("compress", MODEL, *[f"--{name}={value}" for name, value in budget.items()], *words)
+    assert told[0] in result.stderr
+    assert "Traceback" not in result.stderr
+    if result.exit_code == 2:
+        assert result.stderr.startswith("Usage: main compress [OPTIONS] MODEL\n")
+    with pytest.raises(PrunePeakError) as error:
+        prune_peak.compress(str(MODEL), **budget, **options)
+    assert told[1] in str(error.value)
+    assert "--" not in str(error.value)
 
 
 def test_one_value_for_several() -> None:

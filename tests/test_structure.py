@@ -41,6 +41,7 @@ ORDER = [
     "report",
     "options",
     "option_fields",
+    "progress",
     "version",
     "errors",
 ]

@@ -277,15 +277,15 @@ def test_own_text_needs_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"fill": ["average"]}, "--fill average"),
-        ({"fraction": [1.5]}, "--fraction 1.5"),
-        ({"sites": ["heads"]}, "--sites heads"),
-        ({"select": "best"}, "--select best"),
-        ({"score": "elimination"}, "--score elimination"),
-        ({"dtype": "int8"}, "--dtype int8"),
-        ({"seeds": 0}, "--seeds 0"),
-        ({"samples": 0}, "--samples 0"),
-        ({"windows": 0}, "--windows 0"),
+        ({"fill": ["average"]}, "fill='average'"),
+        ({"fraction": [1.5]}, "fraction=1.5"),
+        ({"sites": ["heads"]}, "sites='heads'"),
+        ({"select": "best"}, "select='best'"),
+        ({"score": "elimination"}, "score='elimination'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"samples": 0}, "samples=0"),
+        ({"windows": 0}, "windows=0"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -387,11 +387,11 @@ def test_image_classifier_is_evaluated_on_labels(tmp_path: Path) -> None:
     rows = {(row["site"], row["fill"], row["fraction"]): row for row in study.measurements}
     assert rows["mlp", "zero", 0.0]["top1"] > 0.8
     assert rows["mlp", "resample", 0.6]["cross_entropy"] > rows["mlp", "resample", 0.0]["cross_entropy"]
-    with pytest.raises(PrunePeakError, match="pass a folder of labelled images with --data"):
+    with pytest.raises(PrunePeakError, match="pass a folder of labelled images with data"):
         ablate(VIT, tmp_path / "other")
-    with pytest.raises(PrunePeakError, match="is not a folder; expected images as"):
+    with pytest.raises(PrunePeakError, match="is a file, and the model takes images"):
         ablate(VIT, tmp_path / "other", data=__file__)
-    with pytest.raises(PrunePeakError, match=r"is neither a file nor|is not a file"):
+    with pytest.raises(PrunePeakError, match="is a folder of images, and the model reads text"):
         ablate(LLAMA, tmp_path / "other", data=str(DIGITS / "held-out"))
 
 

@@ -1,6 +1,7 @@
 """Where another class is written, `AutoTokenizer` gives the ids of the source, or the model is refused."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from prune_peak.conversion.choice import choose_conversion
 from prune_peak.conversion.layout import Conversion
+from prune_peak.data.texts import load_tokenizer
 from prune_peak.errors import PrunePeakError
 from prune_peak.export.folder import copy_side_files, write_config
 from prune_peak.export.tokenizer import STRINGS, _behaviour, behaves_alike, check_tokenizer, keep_tokenizer
@@ -159,8 +161,19 @@ def test_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     folder = BY_NAME["mistral"].save(tmp_path / "source")
     (folder / "tokenizer.model").write_bytes(b"damaged")
     source = open_model(str(folder))
-    with pytest.raises(PrunePeakError, match=r"cannot be loaded .* --output-class own"):
+    with pytest.raises(PrunePeakError, match=r"cannot be loaded .* output_class='own'"):
         check_tokenizer(source, convert(source))
+
+
+def test_tokenizer_without_its_package(
+    sentencepiece_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks for tiktoken then, which would not help."""
+    folder = BY_NAME["mistral"].save(tmp_path / "source")
+    shutil.copy(sentencepiece_model, folder)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(PrunePeakError, match=r"tokenizer\.model needs sentencepiece: pip install sentencepiece\.$"):
+        load_tokenizer(open_model(str(folder)))
 
 
 def test_tokenizer_that_changes_is_refused(tmp_path: Path) -> None:

@@ -3,27 +3,26 @@
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError, one_line
-from ..option_fields import spell
+from ..healing.options import HealCommand, HealOptions
+from ..option_fields import spell_command
 from ..options import (
     CalibrateOptions,
     CompressCommand,
+    DataOptions,
     EvaluateCommand,
     ExportOptions,
-    HealCommand,
-    HealOptions,
     InspectOptions,
     PushOptions,
     VerifyOptions,
 )
-from ..studies.options import AblateOptions, AnalyzeOptions
 from .output import (
-    print_analysis,
     print_comparison,
     print_compression,
     print_healing,
@@ -31,10 +30,10 @@ from .output import (
     print_inspection,
     print_latency,
     print_scores,
-    print_study,
     print_talk,
 )
 from .parameters import echo_json, model_argument, models_argument, options_of, output_options
+from .study_commands import ablate, analyze
 
 if TYPE_CHECKING:
     from ..compression import CompressionResult
@@ -95,11 +94,14 @@ def compress(
 
 
 def _heal_result(model: str, result: "CompressionResult", options: Mapping[str, Any]) -> "HealResult | None":
+    from ..data.data_sets import reading_of
     from ..recovery import heal as run
 
     names = ("revision", "seed", "max_memory", "device", "force")
     data = options["calibration"][0]
-    return run(result.output, original=model, data=data, **{name: options[name] for name in names})
+    given = DataOptions(**{item.name: options[item.name] for item in fields(DataOptions)})
+    reading = asdict(reading_of(data, given))
+    return run(result.output, original=model, data=data, **reading, **{name: options[name] for name in names})
 
 
 @click.command(short_help="Measure a model once, for several runs of compress.")
@@ -208,28 +210,6 @@ def verify(folder: Path, original: str | None, revision: str | None, data: str |
         sys.exit(3)
 
 
-@click.command(short_help="Measure what held neurons cost, by fill and fraction.")
-@model_argument
-@options_of(AblateOptions)
-@output_options
-def ablate(model: str, as_json: bool, **options: Any) -> None:
-    """Measure what held neurons cost: cross-entropy and top-1, over fills, fractions and kinds of site.
-
-    It writes tables (CSV and JSON), a picture and a report; the model is not changed. A neuron of attention is one
-    input of its output projection. By default the model runs about 270 times; the second example is a first look. A
-    study that was stopped resumes.
-
-    \b
-    Examples:
-      prune-peak ablate HuggingFaceTB/SmolLM2-135M --calibration notes.txt
-      prune-peak ablate ./my-model --fill peak --fill mean --fraction 0.3 --seeds 1
-    """
-    from ..studies.ablation import ablate as run
-
-    study = run(model, **options)
-    echo_json(study.to_json()) if as_json else print_study(study)
-
-
 @click.command(short_help="Measure models side by side.")
 @models_argument
 @options_of(EvaluateCommand)
@@ -259,14 +239,19 @@ def evaluate(
     from ..evaluation.lm_eval_tasks import run_tasks
     from ..evaluation.page import write_page
     from ..evaluation.talk import evaluate_talk
+    from ..progress import next_stage, stages
 
     common = {name: options[name] for name in ("dtype", "revision")}
-    comparisons: list[Any] = run(models, **options) if options["data"] else []
-    speeds = measure_latency(models, **common) if latency else []
-    answers = evaluate_talk(models, prompts, options["revision"]) if talk or prompts else []
-    scores = run_tasks(models, tasks, **common) if tasks is not None else []
+    with stages(sum((bool(options["data"]), latency, talk or bool(prompts), tasks is not None))):
+        comparisons: list[Any] = run(models, **options) if options["data"] else []
+        next_stage(bool(comparisons))
+        speeds = measure_latency(models, **common) if latency else []
+        next_stage(latency)
+        answers = evaluate_talk(models, prompts, options["revision"]) if talk or prompts else []
+        next_stage(bool(answers))
+        scores = run_tasks(models, tasks, **common) if tasks is not None else []
     if report is not None:
-        command = f"prune-peak evaluate {shlex.join(models)} {spell(given)}"
+        command = f"prune-peak evaluate {shlex.join(models)} {spell_command(given)}"
         write_page(report, comparisons, answers, speeds, scores, command)
     if as_json:
         parts: dict[str, list[Any]] = {"comparisons": comparisons, "talk": answers, "latency": speeds, "tasks": scores}
@@ -302,26 +287,6 @@ def push(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:
 
     address = run(folder, repo_id, **options)
     echo_json({"url": address}) if as_json else click.echo(address)
-
-
-@click.command(short_help="Measure how neurons are distributed.")
-@model_argument
-@options_of(AnalyzeOptions)
-@output_options
-def analyze(model: str, as_json: bool, **options: Any) -> None:
-    """Measure how neurons are distributed, by site, head and block; with several data sets, how stable that is.
-
-    It writes tables (CSV and JSON), pictures and a report that any browser opens offline.
-
-    \b
-    Examples:
-      prune-peak analyze HuggingFaceTB/SmolLM2-135M --data notes.txt
-      prune-peak analyze ./my-model --data news.txt --data code.txt
-    """
-    from ..studies.analysis import analyze as run
-
-    analysis = run(model, **options)
-    echo_json(analysis.to_json()) if as_json else print_analysis(analysis)
 
 
 @click.command(short_help="Write a folder as one file of another format.")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from importlib import import_module
 
 from ..errors import one_line
 
@@ -17,13 +18,17 @@ def configure_logging(quiet: bool) -> None:
     """Silence the libraries, and our own warnings and progress bars with --quiet."""
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"
+    from ..progress import phase  # which imports tqdm
+
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.ERROR)
     logging.getLogger("prune_peak").setLevel(logging.ERROR if quiet else logging.WARNING)
     # transformers imports torchao, which warns about itself
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    with phase("start"):
+        from transformers.utils import logging as transformers_logging
 
+        import_module("prune_peak.job")  # what every command imports, and takes seconds
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

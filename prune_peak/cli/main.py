@@ -11,7 +11,14 @@ from typing import Any
 
 import click
 
-from ..errors import LostProcessError, PrunePeakError, UsageError, is_out_of_memory, one_line
+from ..errors import (
+    LostProcessError,
+    PrunePeakError,
+    UsageError,
+    is_out_of_memory,
+    one_line,
+    spelled_as_options,
+)
 from ..version import __version__
 from .commands import COMMANDS
 from .logs import configure_logging
@@ -23,14 +30,17 @@ class Group(click.Group):
     """Maps the errors of the library to one `Error:` line and an exit code; other errors keep their traceback."""
 
     def invoke(self, context: click.Context) -> Any:
-        with _noting_interrupts() as interrupts:
+        with _noting_interrupts() as interrupts, spelled_as_options():
             try:
                 return self._invoke(context)
             except (Exception, KeyboardInterrupt) as error:
                 if not interrupts and not isinstance(error, KeyboardInterrupt):
                     raise
+                _end_bars()
                 click.echo("Interrupted. Finished work is kept; the same command resumes.", err=True)
                 sys.exit(130)
+            finally:
+                _end_bars()
 
     def _invoke(self, context: click.Context) -> Any:
         try:
@@ -39,7 +49,8 @@ class Group(click.Group):
                 return self._invoke_together(context)
             return super().invoke(context)
         except UsageError as error:
-            raise click.UsageError(str(error), context) from None
+            name = context.invoked_subcommand or ""
+            raise click.UsageError(str(error), click.Context(self.commands[name], context, name)) from None
         except PrunePeakError as error:
             raise click.ClickException(str(error)) from None
         except click.ClickException as error:
@@ -75,6 +86,13 @@ class Group(click.Group):
                 group.report(error)
             except (LostProcessError, KeyboardInterrupt):
                 pass  # rank 0 reports the reason
+
+
+def _end_bars() -> None:
+    """Before a message, so that it begins a line."""
+    from ..progress import close_bars  # imports tqdm, which reads the environment that --quiet sets
+
+    close_bars()
 
 
 @contextmanager

@@ -48,6 +48,8 @@ def print_compression(result: "CompressionResult") -> None:
         rows.append(("answers that loop", *(f"{talk.loops} of {talk.prompts}" for talk in talks), ""))
         rows.append(("KL along the original's answers", *(f"{talk.divergence:.3f}" for talk in talks), ""))
     click.echo(_table(rows))
+    saved = 1 - after.parameters / before.parameters
+    click.echo(f"Pruned: {result.pruned}{f' = {saved:.1%} of the model' * (saved > 0)}.")
     if first:
         click.echo(f"{first.metric.capitalize()} on {first.text}: {first.protocol}.")
     if result.zero_filled:
@@ -66,11 +68,11 @@ def print_compression(result: "CompressionResult") -> None:
     if result.keep_shape:
         click.echo("Nothing is saved: pruned weights are zero, and all shapes are the original's (--keep-shape).")
     click.echo(f"\nVerified. Written to {result.output}. Load it with:\n")
-    loader = "AutoImageProcessor" if result.sees_images else "AutoTokenizer"
-    click.echo(f"  from transformers import {loader}, {result.model_class}")
-    click.echo(f"  model = {result.model_class}.from_pretrained({str(result.output)!r})")
-    name = "processor" if result.sees_images else "tokenizer"
-    click.echo(f"  {name} = {loader}.from_pretrained({str(result.output)!r})")
+    others = {"processor": "AutoImageProcessor"} if result.sees_images else {"tokenizer": "AutoTokenizer"}
+    others = others if result.has_inputs else {}
+    click.echo(f"  from transformers import {', '.join([*others.values(), result.model_class])}")
+    for name, loader in {"model": result.model_class, **others}.items():
+        click.echo(f"  {name} = {loader}.from_pretrained({str(result.output)!r})")
 
 
 def print_healing(result: "HealResult") -> None:
@@ -288,13 +290,14 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         *(
             (
                 site.kind,
-                f"{site.neurons} {'experts' if site.kind == 'experts' else 'neurons'} in each of {site.count} "
-                f"{'experts' if site.kind == 'expert-mlp' else 'blocks'}, in steps of {site.step}; "
+                f"{site.neurons} {_per_block(site.kind)} {_count_blocks(site.blocks, i.blocks)} blocks, in steps of "
+                f"{site.step}; "
                 f"constants go {site.folded_into}"
                 + ("; in place only (--keep-shape), which saves nothing" if site.in_place else ""),
             )
             for site in i.sites
         ),
+        *i.lacking.items(),
         *((kind, reason) for kind, reason in i.unprunable.items() if all(site.kind != kind for site in i.sites)),
         ("written as", i.written_as + (f" ({i.reason})" if i.reason else "")),
         ("read by", _readers(i.engines)),
@@ -302,9 +305,18 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
             f"at {i.budget}",
             ", ".join(f"{site.kept} of {site.neurons} {name_units(site.kind)} kept" for site in i.sites),
         ),
+        ("pruned", i.pruned + f" = {i.share:.1%} of the model" * (i.share > 0)),
         ("parameters", f"{i.parameters:,} -> {i.parameters_after:,} ({_change(i.parameters, i.parameters_after)})"),
         ("bytes", f"{i.bytes:,} -> {i.bytes_after:,}"),
     ]
+
+
+def _per_block(kind: str) -> str:
+    return {"experts": "experts in each of", "expert-mlp": "neurons in each expert of"}.get(kind, "neurons in each of")
+
+
+def _count_blocks(some: int, all_: int) -> str:
+    return f"{all_}" if some == all_ else f"{some} of {all_}"
 
 
 def _readers(engines: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from ..errors import PrunePeakError, UsageError, brief
+from ..errors import PrunePeakError, UsageError, brief, spell
 from ..models.config_checks import build_meta_model, find_class
 from ..models.config_keys import all_keys, write_key
 from ..models.families import FAMILIES, blocks_path
@@ -50,7 +50,7 @@ def choose_conversion(
     family = source.family
     if output_class not in (AUTO, OWN, family.model_type, *OUTPUT_CLASSES):
         raise UsageError(
-            f"--output-class {output_class}: expected {AUTO}, {OWN}, or one of {', '.join(OUTPUT_CLASSES)}."
+            f"{spell('output_class', output_class)}: expected {AUTO}, {OWN}, or one of {', '.join(OUTPUT_CLASSES)}."
         )
     wanted = OWN if output_class == family.model_type else output_class
     names = list(dict.fromkeys([OWN, *family.output_classes, *([] if wanted == AUTO else [wanted])]))

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import brief
 from ..models.loading import Model
-from .texts import load_tokenizer
+from ..progress import open_bar
+from .texts import has_tokenizer, load_tokenizer
 from .windows import IGNORED
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ def find_template(model: Model) -> ChatTemplate | None:
 
     It is rendered as transformers renders it, in a sandbox.
     """
-    tokenizer = load_tokenizer(model)
-    if not tokenizer.chat_template:
+    tokenizer = load_tokenizer(model) if has_tokenizer(model.folder) else None
+    if tokenizer is None or not tokenizer.chat_template:
         return None
     try:
         text = tokenizer.apply_chat_template(
@@ -111,7 +111,7 @@ def generate_chats(model: Model, tokens: int, longest: int, seed: int) -> list[t
         return []
     stock = model.load(torch.float32)
     chats: list[tuple[Tensor, Tensor]] = []
-    with torch.random.fork_rng(devices=[]), tqdm(total=tokens, desc="generate chat", unit="token") as bar:
+    with torch.random.fork_rng(devices=[]), open_bar("generate chat", "token", tokens) as bar:
         torch.manual_seed(seed)
         tried = 0
         while bar.n < tokens and tried < 20 * tokens // (QUESTION + ANSWER) + AT_ONCE:

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from ..errors import PrunePeakError, brief
+from ..errors import PrunePeakError, brief, spell
 from ..models.loading import IMAGES, Model
-from ..options import SELF
+from ..options import FIRST_PART, SELF, DataOptions
+from .data_sets import check_data, read_rows
 from .windows import Windows, name_data
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ MOST_EVALUATED = 1000  # images of a labelled folder that are evaluated, evenly 
 SHUFFLED = 1000  # rows that are shuffled at a time, because many data sets are sorted by label
 
 
-def choose_images(name: str, source: Model, samples: int, seed: int) -> Windows:
+def choose_images(name: str, source: Model, samples: int, seed: int, reading: DataOptions = FIRST_PART) -> Windows:
     """Images of a folder (and its subfolders) or of a Hub data set, drawn at random.
 
     Returns:
@@ -45,17 +47,18 @@ def choose_images(name: str, source: Model, samples: int, seed: int) -> Windows:
     if name == SELF:
         raise PrunePeakError(
             f"{source.name} takes images, which it cannot generate: pass a folder of images, or a Hub data set, with "
-            "--calibration."
+            f"{spell('calibration')}."
         )
+    check_data([name], takes_images=True)
     folder = Path(name)
     if os.path.isdir(name):
         paths = _list_images(folder)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[:samples]
         pixels = _to_pixels(source, (_load(paths[number]) for number in order.sort().values.tolist()))
     else:
-        pixels = _to_pixels(source, read_data_set(name, samples, seed))
+        pixels = _to_pixels(source, read_data_set(name, samples, seed, reading))
     if len(pixels) < FEWEST:
-        raise PrunePeakError(f"{name} has {len(pixels)} image; expected at least {FEWEST} (--samples).")
+        raise PrunePeakError(f"{name} has {len(pixels)} image; expected at least {FEWEST} ({spell('samples')}).")
     return Windows(source=name_data(name), calibration=pixels, held_out=pixels[:0])
 
 
@@ -127,29 +130,19 @@ def _check_aspect(image: "Image", name: object) -> None:
         raise PrunePeakError(f"{name} is {width} x {height}; expected a ratio of the sides of at most {MOST_ASPECT}.")
 
 
-def read_data_set(name: str, samples: int, seed: int) -> Iterator["Image"]:
-    """Images of a Hub data set: the first column with images of its split `train`."""
-    try:
-        import datasets
-    except ImportError:
-        raise PrunePeakError(
-            f"{name} is not a folder; to read a Hub data set: pip install 'prune-peak[datasets,vision]'."
-        ) from None
+def read_data_set(name: str, samples: int, seed: int, reading: DataOptions = FIRST_PART) -> Iterator["Image"]:
+    """Images of a Hub data set: the first column with images of its split."""
     from PIL.Image import Image
 
-    try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
-        for number, row in enumerate(rows.shuffle(seed=seed, buffer_size=SHUFFLED).take(samples)):
-            image = next(value for value in row.values() if isinstance(value, Image))
-            _check_aspect(image, f"{name}, row {number}")
-            yield image
-    except PrunePeakError:
-        raise
-    except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
-        reason = "no column of images" if isinstance(error, StopIteration) else brief(error)
-        raise PrunePeakError(
-            f"{name} is neither a folder nor a data set with a split `train` and a column of images ({reason})."
-        ) from None
+    rows = read_rows(name, reading, "datasets,vision", seed, SHUFFLED)
+    for number, row in enumerate(islice(rows, samples)):
+        image = next((value for value in row.values() if isinstance(value, Image)), None)
+        if image is None:
+            raise PrunePeakError(
+                f"{name} has no column of images, only {', '.join(row)}. Pass a folder or a data set of images."
+            )
+        _check_aspect(image, f"{name}, row {number}")
+        yield image
 
 
 def _to_pixels(source: Model, images: Iterable["Image"]) -> Tensor:

@@ -4,10 +4,11 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.loading import Model
-from ..options import SELF
+from ..options import FIRST_PART, SELF, DataOptions
 from .images import choose_images
 from .self_generated import generate_windows
 from .texts import read_windows
@@ -16,7 +17,14 @@ from .windows import Windows, held_out_count, join, name_data, split_samples, wi
 log = logging.getLogger(__name__)
 
 
-def sample_windows(model: Model, data: Sequence[str], samples: int, sequence_length: int, seed: int) -> Windows:
+def sample_windows(
+    model: Model,
+    data: Sequence[str],
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    reading: DataOptions = FIRST_PART,
+) -> Windows:
     """Windows (or images) to calibrate on, as many of each data set.
 
     Raises:
@@ -24,10 +32,12 @@ def sample_windows(model: Model, data: Sequence[str], samples: int, sequence_len
     """
     shares = split_samples(samples, len(data))
     if 0 in shares:
-        raise UsageError(f"--samples {samples}: expected at least one for each of the {len(data)} data sets.")
+        raise UsageError(f"{spell('samples', samples)}: expected at least one for each of the {len(data)} data sets.")
     parts: dict[int, Windows] = {}
     for number in sorted(range(len(data)), key=lambda number: data[number] == SELF):  # reading fails sooner
-        parts[number] = _sample_one(model, data[number], shares[number], sequence_length, seed, len(data) > 1)
+        windows = _sample_one(model, data[number], shares[number], sequence_length, seed, reading)
+        _check_enough(data[number], windows.calibration, shares[number], len(data) > 1)
+        parts[number] = windows
     return Windows(
         " and ".join(parts[number].source for number in range(len(data))),
         join([parts[number].calibration for number in range(len(data))]),
@@ -35,27 +45,32 @@ def sample_windows(model: Model, data: Sequence[str], samples: int, sequence_len
     )
 
 
-def _sample_one(model: Model, name: str, samples: int, sequence_length: int, seed: int, strict: bool) -> Windows:
+def _sample_one(
+    model: Model, name: str, samples: int, sequence_length: int, seed: int, reading: DataOptions
+) -> Windows:
     if model.sees_images:
-        windows, what = choose_images(name, model, samples, seed), "images"
-    else:
-        length = window_length(model, sequence_length)
-        windows, what = draw_windows(model, name, samples, length, seed), f"windows of {length} tokens"
-    found = len(windows.calibration)
+        return choose_images(name, model, samples, seed, reading)
+    return draw_windows(model, name, samples, window_length(model, sequence_length), seed, reading)
+
+
+def _check_enough(name: str, windows: Tensor, samples: int, strict: bool) -> None:
+    what = "images" if windows.is_floating_point() else f"windows of {windows.shape[1]} tokens"
+    found = len(windows)
     if found < samples and strict:
         raise PrunePeakError(
-            f"{name} has {found} {what}; expected {samples}, as of each data set. Pass a smaller --samples."
+            f"{name} has {found} {what}; expected {samples}, as of each data set. Pass a smaller {spell('samples')}."
         )
     if found < samples:
-        log.warning("%s has %d %s, fewer than --samples %d; all are used.", name, found, what, samples)
-    return windows
+        log.warning("%s has %d %s, fewer than %s; all are used.", name, found, what, spell("samples", samples))
 
 
-def draw_windows(model: Model, name: str, samples: int, length: int, seed: int) -> Windows:
+def draw_windows(
+    model: Model, name: str, samples: int, length: int, seed: int, reading: DataOptions = FIRST_PART
+) -> Windows:
     """Windows of a text, drawn at random, some of them held out; or of text that the model generates."""
     if name == SELF:
         return generate_windows(model, samples, length, seed)
-    windows = read_windows(name, model, length)
+    windows = read_windows(name, model, length, reading)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     held = min(held_out_count(samples), len(windows) // 4)
     samples = min(samples, len(windows) - held)
@@ -66,7 +81,15 @@ def draw_windows(model: Model, name: str, samples: int, length: int, seed: int) 
     )
 
 
-def split_windows(model: Model, name: str, measured: int, scored: int, length: int, seed: int) -> Windows:
+def split_windows(
+    model: Model,
+    name: str,
+    measured: int,
+    scored: int,
+    length: int,
+    seed: int,
+    reading: DataOptions = FIRST_PART,
+) -> Windows:
     """Windows of a text to calibrate on, and others of it, held out, to evaluate on.
 
     A text that is split twice is split the same way, so the two parts never overlap.
@@ -75,12 +98,12 @@ def split_windows(model: Model, name: str, measured: int, scored: int, length: i
         PrunePeakError: the text has fewer than two windows.
     """
     wanted = measured + scored
-    windows = draw_windows(model, name, wanted, length, seed)
+    windows = draw_windows(model, name, wanted, length, seed, reading)
     found = len(windows.calibration)
     if found < 2:
         raise PrunePeakError(
             f"{name} has {found} window of {length} tokens; expected at least 2, one to calibrate and one to evaluate. "
-            "Pass a longer text or a smaller --sequence-length."
+            f"Pass a longer text or a smaller {spell('sequence_length')}."
         )
     if found < wanted:
         scored = min(scored, found // 2)

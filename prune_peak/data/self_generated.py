@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..io.tensor_files import load_tensors, save_tensors
 from ..models.bfloat16 import fast_products
 from ..models.loading import Model
+from ..progress import open_bar
 from .texts import check_vocabulary, load_tokenizer
 from .windows import Windows, held_out_count
 
@@ -68,14 +68,17 @@ def generate_tokens(model: Model, count: int, length: int, seed: int) -> Tensor:
     """
     if not model.meta_model.can_generate():
         raise PrunePeakError(
-            f"{model.name} is a {model.model_class.__name__}, which generates no text; pass a text with --calibration."
+            f"{model.name} is a {model.model_class.__name__}, which generates no text; pass a text with "
+            f"{spell('calibration')}."
         )
     if length < 3:
-        raise UsageError(f"--sequence-length {length}: expected at least 3 for text that the model generates.")
+        raise UsageError(f"{spell('sequence_length', length)}: expected at least 3 for text that the model generates.")
     tokenizer, vocabulary = load_tokenizer(model), model.config.vocab_size
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise PrunePeakError(f"{model.name}: the tokenizer has neither BOS nor EOS; pass a text with --calibration.")
+        raise PrunePeakError(
+            f"{model.name}: the tokenizer has neither BOS nor EOS; pass a text with {spell('calibration')}."
+        )
     check_vocabulary(model, first)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(min(len(tokenizer), vocabulary)) if token not in special])
@@ -93,7 +96,7 @@ def generate_tokens(model: Model, count: int, length: int, seed: int) -> Tensor:
         suppress_tokens=sorted(set(range(vocabulary)) - set(ordinary.tolist())) or None,
     )
     passages = []
-    with torch.random.fork_rng(devices=[]), tqdm(total=count * each, desc="generate text", unit="passage") as bar:
+    with torch.random.fork_rng(devices=[]), open_bar("generate text", "passage", count * each) as bar:
         torch.manual_seed(seed)
         for part in torch.empty(count * each, 1).split(PASSAGES):
             second = ordinary[torch.randint(len(ordinary), part.shape)]

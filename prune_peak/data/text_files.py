@@ -3,11 +3,11 @@
 import csv
 import gzip
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import PrunePeakError, brief
+from ..errors import PrunePeakError, brief, spell
 from ..io.untrusted import check_file, parse_json
 
 LONGEST_TEXT = 4 * 2**20  # characters that are read of a text, from its start: about 2,000 windows of 512 tokens
@@ -23,11 +23,11 @@ RECORD = 'a "text", like {"text": "..."}, or "messages", like {"messages": [{"ro
 Record = str | list[dict[str, Any]]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, column: str | None = None) -> list[Record]:
     """The texts and chats of a file, by its suffix; at most `LONGEST_TEXT` characters of it.
 
     `.jsonl`, `.ndjson` (an object on each line), `.json` (a list of objects), `.csv`, `.tsv` and `.parquet` (a column
-    `text` or `messages`); any other suffix is one plain text. `.gz` after the suffix is decompressed.
+    `text` or `messages`, or the given one); any other suffix is one plain text. `.gz` after the suffix is decompressed.
 
     Raises:
         PrunePeakError: the file cannot be read, or is not of that form.
@@ -44,13 +44,13 @@ def read_records(path: Path) -> list[Record]:
     try:
         check_file(path)
         if suffix == ".parquet":
-            return _limit(_read_parquet(path))
+            return limit_records(_read_parquet(path, column))
         with gzip.open(path) if is_compressed else path.open("rb") as file:
             text = _decode(file)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise PrunePeakError(f"{path} is not a readable UTF-8 text ({brief(error)}).") from None
     reader = READERS.get(suffix)
-    return [text] if reader is None else _limit(reader(path, text))
+    return [text] if reader is None else limit_records(reader(path, text, column))
 
 
 def _decode(file: Any) -> str:
@@ -59,7 +59,7 @@ def _decode(file: Any) -> str:
         return decoded.read(LONGEST_TEXT)
 
 
-def _limit(records: Iterable[Record]) -> list[Record]:
+def limit_records(records: Iterable[Record]) -> list[Record]:
     """The first records, up to the longest text."""
     kept, size = [], 0
     for record in records:
@@ -70,8 +70,11 @@ def _limit(records: Iterable[Record]) -> list[Record]:
     return kept
 
 
-def _check(record: Any, where: str) -> Record:
-    """The text or the messages of a record."""
+def check_record(record: Any, where: str, column: str | None = None) -> Record:
+    """The text or the messages of a record, or what a column of it holds."""
+    if column is not None:
+        value = record.get(column) if isinstance(record, Mapping) else None
+        record = {"text": value, "messages": value}
     if isinstance(record, str):
         record = {"text": record}
     if isinstance(record, Mapping):
@@ -85,7 +88,8 @@ def _check(record: Any, where: str) -> Record:
             return text
         if messages and isinstance(messages, list) and all(map(_is_message, messages)):
             return [dict(message) for message in messages]
-    raise PrunePeakError(f"{where}: expected an object with {RECORD}.")
+    expected = f"an object with {RECORD}" if column is None else f"text, or messages of a chat, in the column {column}"
+    raise PrunePeakError(f"{where}: expected {expected}.")
 
 
 def _is_text(text: str) -> bool:
@@ -100,7 +104,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
 
 
-def _read_lines(path: Path, text: str) -> Iterator[Record]:
+def _read_lines(path: Path, text: str, column: str | None) -> Iterator[Record]:
     lines = text.split("\n")
     if len(text) >= LONGEST_TEXT:
         lines.pop()  # it may be cut
@@ -110,10 +114,10 @@ def _read_lines(path: Path, text: str) -> Iterator[Record]:
                 record = parse_json(line)
             except ValueError:
                 record = None
-            yield _check(record, f"{path}, line {number}")
+            yield check_record(record, f"{path}, line {number}", column)
 
 
-def _read_list(path: Path, text: str) -> Iterator[Record]:
+def _read_list(path: Path, text: str, column: str | None) -> Iterator[Record]:
     if len(text) >= LONGEST_TEXT:
         raise PrunePeakError(
             f"{path} has more than {LONGEST_TEXT:,} characters; expected fewer in one JSON value. Save it as .jsonl, "
@@ -128,30 +132,38 @@ def _read_list(path: Path, text: str) -> Iterator[Record]:
     if not isinstance(records, list):
         raise PrunePeakError(f"{path} holds a {type(records).__name__}; expected a list of objects with {RECORD}.")
     for number, record in enumerate(records, start=1):
-        yield _check(record, f"{path}, record {number}")
+        yield check_record(record, f"{path}, record {number}", column)
 
 
-def _read_table(path: Path, text: str, delimiter: str = ",") -> Iterator[Record]:
+def _read_table(path: Path, text: str, column: str | None, delimiter: str = ",") -> Iterator[Record]:
     csv.field_size_limit(LONGEST_TEXT)
     file: IO[str] = io.StringIO(text, newline="")
     rows = csv.DictReader(file, delimiter=delimiter)
     try:
         columns = rows.fieldnames or []
-        if not {"text", "messages"} & set(columns):
-            raise PrunePeakError(
-                f"{path} has the columns {', '.join(columns) or 'of an empty file'}; expected one named text or "
-                "messages. Rename the column."
-            )
+        _find_columns(path, columns, column)
         records = list(rows)
     except csv.Error as error:
         raise PrunePeakError(f"{path} is not a readable table ({brief(error)}).") from None
     if len(text) >= LONGEST_TEXT:
         records.pop()  # it may be cut
     for number, record in enumerate(records, start=1):
-        yield _check(record, f"{path}, record {number}")
+        yield check_record(record, f"{path}, record {number}", column)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _find_columns(path: Path, columns: Sequence[str], column: str | None) -> list[str]:
+    """The columns to read of a table."""
+    wanted = ("text", "messages") if column is None else (column,)
+    found = [name for name in wanted if name in columns]
+    if not found:
+        raise PrunePeakError(
+            f"{path} has the columns {', '.join(columns) or 'of an empty file'}; expected one named "
+            f"{' or '.join(wanted)}. Name yours with {spell('text_column')}."
+        )
+    return found
+
+
+def _read_parquet(path: Path, column: str | None) -> Iterator[Record]:
     try:
         from pyarrow import parquet
     except ImportError:
@@ -160,23 +172,20 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         ) from None
     try:
         file = parquet.ParquetFile(path)
-        columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
-        if not columns:
-            names = ", ".join(file.schema_arrow.names)
-            raise PrunePeakError(f"{path} has the columns {names}; expected one named text or messages.")
+        columns = _find_columns(path, file.schema_arrow.names, column)
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             for record in batch.to_pylist():
-                yield _check(record, str(path))
+                yield check_record(record, str(path), column)
     except PrunePeakError:
         raise
     except Exception as error:  # pyarrow raises its own kinds
         raise PrunePeakError(f"{path} is not a readable Parquet file ({brief(error)}).") from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, str, str | None], Iterator[Record]]] = {
     ".jsonl": _read_lines,
     ".ndjson": _read_lines,
     ".json": _read_list,
     ".csv": _read_table,
-    ".tsv": lambda path, text: _read_table(path, text, "\t"),
+    ".tsv": lambda path, text, column: _read_table(path, text, column, "\t"),
 }

@@ -1,36 +1,71 @@
 """Text files and Hub data sets, and their windows of tokens."""
 
-import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import PrunePeakError, brief
-from ..models.loading import Model
-from .text_files import LONGEST_TEXT, Record, read_records
+from ..errors import PrunePeakError, brief, spell
+from ..models.loading import Model, ModelSpec
+from ..options import FIRST_PART, DataOptions
+from .data_sets import check_data, is_data_set, read_rows
+from .text_files import Record, check_record, limit_records, read_records
+
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "*.tokenizer", "dict.txt", "bpe.codes")
+SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages: what they are imported as
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer in the model's folder."""
+def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer in the model's folder.
+
+    Raises:
+        PrunePeakError: there is none, or it cannot be loaded; the message says what it lacks.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+        if not has_tokenizer(model.folder) and not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty")  # some classes need no file to be made
     except Exception as error:  # every tokenizer class raises its own kinds
-        raise PrunePeakError(f"{model.folder} has no tokenizer that transformers can load ({brief(error)}).") from None
+        lacking = (_explain_tokenizer(model.folder) or brief(error)).rstrip(".")
+        raise PrunePeakError(f"{model.folder} has no tokenizer that transformers can load: {lacking}.") from None
     return tokenizer
 
 
-def read_texts(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file with a vocabulary."""
+    return any(True for pattern in VOCABULARIES for _ in folder.glob(pattern))
+
+
+def _explain_tokenizer(folder: Path) -> str:
+    """What a tokenizer lacks that cannot be loaded: its files, or packages; empty where neither is known."""
+    if not has_tokenizer(folder):
+        return "there is no file of one. Copy it from the original, such as tokenizer.json and tokenizer_config.json"
+    missing = [package for package, module in SENTENCEPIECE.items() if not _is_installed(module)]
+    if not missing or (folder / "tokenizer.json").exists() or not any(folder.glob("*.model")):
+        return ""
+    return f"tokenizer.model needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # its parent is missing, or it was made unavailable
+        return False
+
+
+def read_texts(
+    name: str, tokenizer: PreTrainedTokenizerBase | None = None, reading: DataOptions = FIRST_PART
+) -> list[str]:
     """The texts of a file (`text_files`) or of a Hub data set; chats are rendered by the tokenizer's template.
 
     Raises:
         PrunePeakError: the file is missing, of another form, or holds chats without a template to render them.
     """
-    path = Path(name)
-    if not path.suffix and (os.path.isdir(name) or not os.path.exists(name)):
-        return [_render(record, name, tokenizer) for record in _read_data_set(name)]
-    return [_render(record, name, tokenizer) for record in read_records(path)]
+    check_data([name], takes_images=False)
+    records = _read_data_set(name, reading) if is_data_set(name) else read_records(Path(name), reading.text_column)
+    return [_render(record, name, tokenizer) for record in records]
 
 
 def _render(record: Record, name: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -46,31 +81,15 @@ def _render(record: Record, name: str, tokenizer: PreTrainedTokenizerBase | None
         raise PrunePeakError(f"the chat template fails on a chat of {name} ({brief(error)}).") from None
 
 
-def _read_data_set(name: str) -> list[Record]:
-    try:
-        import datasets
-    except ImportError:
-        raise PrunePeakError(
-            f"{name} is neither a file nor, without the package datasets, a Hub data set. Check the name, or "
-            "pip install 'prune-peak[datasets]'."
-        ) from None
-    try:
-        texts: list[Record] = []
-        size = 0
-        for row in datasets.load_dataset(name, split="train", streaming=True):
-            texts.append(row["text"] if "text" in row else row["messages"])
-            size += len(str(texts[-1]))
-            if size > LONGEST_TEXT:
-                break
-    except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
-        raise PrunePeakError(
-            f"{name} is neither a file nor a data set with a split `train` and a column `text` or `messages` "
-            f"({brief(error)})."
-        ) from None
-    return texts
+def _read_data_set(name: str, reading: DataOptions) -> list[Record]:
+    column = reading.text_column
+    rows = enumerate(read_rows(name, reading, "datasets"), start=1)
+    return limit_records(check_record(row, f"{name}, row {number}", column) for number, row in rows)
 
 
-def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+def tokenize_text(
+    name: str, tokenizer: PreTrainedTokenizerBase, length: int, reading: DataOptions = FIRST_PART
+) -> Tensor:
     """A text as consecutive windows, (windows, length), each with the special tokens that the tokenizer adds.
 
     Several texts are concatenated, each followed by EOS.
@@ -78,7 +97,7 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     Raises:
         PrunePeakError: the text does not exist, or is shorter than one window.
     """
-    texts = read_texts(name, tokenizer)
+    texts = read_texts(name, tokenizer, reading)
     separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
     try:
@@ -99,7 +118,7 @@ def tokenize_text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     if not windows:
         raise PrunePeakError(
             f"{name} has {len(tokens)} tokens, fewer than one window of {length}. Pass a longer text or a smaller "
-            "--sequence-length."
+            f"{spell('sequence_length')}."
         )
     return torch.tensor(windows)
 
@@ -118,9 +137,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return list(full[:first]), list(full[first + len(bare) :])
 
 
-def read_windows(name: str, model: Model, length: int) -> Tensor:
+def read_windows(name: str, model: Model, length: int, reading: DataOptions = FIRST_PART) -> Tensor:
     """`tokenize_text` with the model's own tokenizer, checked against its vocabulary."""
-    windows = tokenize_text(name, load_tokenizer(model), length)
+    windows = tokenize_text(name, load_tokenizer(model), length, reading)
     check_vocabulary(model, int(windows.max()))
     return windows
 

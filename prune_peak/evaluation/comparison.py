@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.data_sets import check_data
 from ..data.texts import load_tokenizer, special_tokens
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
 from ..options import EvaluateOptions
+from ..progress import next_stage, stages
 from .quality import EvalResult, EvalSet, WindowScores, build_given_eval_set, evaluate_model, summarize_scores
 
 FLIPS = 10_000  # of the signs of the differences, for the test
@@ -74,17 +76,23 @@ def evaluate(models: Sequence[str], data: Sequence[str] | str | Path, **options:
     """
     given = EvaluateOptions(data=data, **options)  # type: ignore[arg-type]  # one type of sequence is made of all
     if not given.data:
-        raise UsageError("nothing to evaluate on; pass --data DATA.")
+        raise UsageError(f"nothing to evaluate on; pass {spell('data', 'DATA')}.")
     sources = [open_model(model, given.revision) for model in models]
     names = given.data
+    for source in sources:
+        check_data(names, source.sees_images, given.reading)
     eval_sets = [
-        [build_given_eval_set(source, [name], given.sequence_length, given.windows) for source in sources]
+        [
+            build_given_eval_set(source, [name], given.sequence_length, given.windows, given.reading)
+            for source in sources
+        ]
         for name in names
     ]
     for sets in eval_sets:
         for source, eval_set in zip(sources[1:], sets[1:], strict=True):
             _check_same(sources[0], sets[0], source, eval_set)
-    return [_compare_models(sources, sets, given.dtype) for sets in eval_sets]
+    with stages(len(names) * len(sources)):
+        return [_compare_models(sources, sets, given.dtype) for sets in eval_sets]
 
 
 def _compare_models(sources: Sequence[Model], eval_sets: Sequence[EvalSet], dtype: str | None) -> Comparison:
@@ -93,6 +101,7 @@ def _compare_models(sources: Sequence[Model], eval_sets: Sequence[EvalSet], dtyp
     for source, eval_set in zip(sources, eval_sets, strict=True):
         compute = DTYPES[dtype or default_dtype(source)]
         scores = evaluate_model(source, eval_set, compute)
+        next_stage()
         entries.append(
             Entry(
                 model=source.label,

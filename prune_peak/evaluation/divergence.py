@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from ..data.windows import IGNORED
 from ..models.stream import Batch
+from ..progress import track
 
 ROWS = 256  # positions whose distributions are in memory at once
 
@@ -53,7 +54,7 @@ def measure_distance(original: nn.Module, model: nn.Module, batches: Sequence[Ba
             `attention_mask` where windows are padded.
     """
     distances, losses = [], []
-    for batch in batches:
+    for batch in track(batches, "distance from the original", "batch"):
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         outputs = original(**inputs).logits, model(**inputs).logits
         for theirs, ours, labels in zip(*outputs, batch["labels"], strict=True):

@@ -14,12 +14,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from ..errors import PrunePeakError
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
+from ..progress import track
 
 PROMPT, DECODED, ROUNDS = 512, 32, 5  # tokens of the prompt, tokens decoded, and repetitions
 
@@ -61,7 +61,7 @@ def measure_latency(models: Sequence[str], dtype: str | None = None, revision: s
     prompt = min([PROMPT, *(source.positions - DECODED for source in sources if source.positions)])
     processes = [Process(source, kind, prompt) for source, kind in zip(sources, types, strict=True)]
     try:
-        turns = [[process.turn() for process in processes] for _ in tqdm(range(1 + ROUNDS), desc="latency")][1:]
+        turns = [[process.turn() for process in processes] for _ in track(range(1 + ROUNDS), "latency", "round")][1:]
         memory = [process.finish() for process in processes]
     finally:
         for process in processes:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, brief, spell
 from ..models.execution import default_dtype
 from ..models.loading import open_model
 
@@ -43,18 +43,24 @@ def run_tasks(
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise PrunePeakError("--tasks needs lm-evaluation-harness: pip install 'prune-peak[eval]'.") from None
+        raise PrunePeakError(f"{spell('tasks')} needs lm-evaluation-harness: pip install 'prune-peak[eval]'.") from None
     files = [Path(task) for task in tasks if Path(task).suffix == ".yaml"]
     manager = TaskManager(include_path=[str(file.resolve().parent) for file in files] or None)
     names = [Path(task).stem if Path(task) in files else task for task in tasks]
     for task, name in zip(tasks, names, strict=True):
         if name not in manager.all_tasks:
-            raise UsageError(f"--tasks {task}: lm-evaluation-harness has no such task.")
+            raise UsageError(f"{spell('tasks', task)}: lm-evaluation-harness has no such task.")
     sources = [open_model(model, revision) for model in models]
     scores = []
     for source in sources:
         arguments = {"pretrained": str(source.folder), "dtype": dtype or default_dtype(source)}
-        found: Any = simple_evaluate("hf", arguments, names, device="cpu", task_manager=manager, log_samples=False)
+        try:
+            found: Any = simple_evaluate("hf", arguments, names, device="cpu", task_manager=manager, log_samples=False)
+        except OSError as error:  # also what datasets raises without a connection
+            raise PrunePeakError(
+                f"{spell('tasks', tuple(tasks))}: their data cannot be loaded ({brief(error)}). The harness reads it "
+                "from the Hub: run the command once with a connection, or pass a YAML file with data of your own."
+            ) from None
         results = {
             task: {key.removesuffix(",none"): value for key, value in metrics.items() if isinstance(value, float)}
             for task, metrics in found["results"].items()

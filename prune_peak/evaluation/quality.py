@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..data.images import read_labelled
 from ..data.texts import load_tokenizer, read_windows
 from ..data.windows import BATCH_IMAGES, IGNORED, Windows, into_batches, join, name_data, window_length
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.execution import ExecutionConfig
 from ..models.loading import Model
 from ..models.stream import Batch
 from ..models.whole import open_stream
-from ..options import EVALUATED
+from ..options import EVALUATED, FIRST_PART, DataOptions
+from ..progress import open_bar
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,13 @@ def build_eval_set(model: Model, windows: Tensor, text: str) -> EvalSet:
     return EvalSet(MASKED_ACCURACY, text, into_batches(inputs, tokens=1), targets.split(1))
 
 
-def build_given_eval_set(model: Model, data: Sequence[str], sequence_length: int, windows: int = EVALUATED) -> EvalSet:
+def build_given_eval_set(
+    model: Model,
+    data: Sequence[str],
+    sequence_length: int,
+    windows: int = EVALUATED,
+    reading: DataOptions = FIRST_PART,
+) -> EvalSet:
     """The evaluation set of texts, from their first `windows` windows in all; or of folders of labelled images.
 
     Raises:
@@ -119,7 +125,7 @@ def build_given_eval_set(model: Model, data: Sequence[str], sequence_length: int
     if not is_evaluable(model):
         raise PrunePeakError(f"{model.name} is a {model.model_class.__name__}, which predicts no text to evaluate.")
     length = window_length(model, sequence_length)
-    found = torch.cat([read_windows(name, model, length)[:windows] for name in data])
+    found = torch.cat([read_windows(name, model, length, reading)[:windows] for name in data])
     return build_eval_set(model, found[:windows], " and ".join(map(name_data, data)))
 
 
@@ -162,21 +168,29 @@ def evaluate_model(
     eval_set: EvalSet,
     dtype: torch.dtype | None = None,
     execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
+    name: str | None = None,
 ) -> WindowScores:
     """Score a model block by block: memory holds one block.
+
+    Args:
+        name: of the model, for the progress bar.
 
     Raises:
         PrunePeakError: its outputs are not finite.
     """
     stream = open_stream(model, eval_set.batches, dtype or model.dtype, execution)
-    for _ in tqdm(stream.steps(), total=stream.passes, desc=eval_set.metric, unit="block"):
-        pass
-    pairs = zip(stream.outputs(), eval_set.targets, strict=True)
-    scores = concatenate([score_logits(output.logits, targets) for output, targets in pairs])
+    parts = []
+    with open_bar(f"{eval_set.metric} of {name or model.label}", "step", stream.passes + len(eval_set.batches)) as bar:
+        for _ in stream.steps():
+            bar.update()
+        for output, targets in zip(stream.outputs(), eval_set.targets, strict=True):
+            parts.append(score_logits(output.logits, targets))
+            bar.update()
+    scores = concatenate(parts)
     if not bool(scores.losses.isfinite().all()):
         raise PrunePeakError(
             f"the outputs of {model.name} are not finite in {str(stream.dtype).removeprefix('torch.')} on "
-            f"{eval_set.text}. Pass --dtype float32, or check the source checkpoint."
+            f"{eval_set.text}. Pass {spell('dtype', 'float32')}, or check the source checkpoint."
         )
     return scores
 
@@ -191,9 +205,10 @@ def measure_quality(
     eval_set: EvalSet,
     dtype: torch.dtype | None = None,
     execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
+    name: str | None = None,
 ) -> EvalResult:
     """Evaluate a model and summarize its scores."""
-    return summarize_scores(eval_set, evaluate_model(model, eval_set, dtype, execution), dtype or model.dtype)
+    return summarize_scores(eval_set, evaluate_model(model, eval_set, dtype, execution, name), dtype or model.dtype)
 
 
 def summarize_scores(eval_set: EvalSet, scores: WindowScores, dtype: torch.dtype) -> EvalResult:

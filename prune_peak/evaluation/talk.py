@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..data.chat import ChatTemplate, find_ends, find_template, generate, is_loop
 from ..data.texts import load_tokenizer, read_texts
 from ..errors import PrunePeakError
 from ..models.loading import Model, open_model
+from ..progress import track
 from .divergence import divergence
 
 LONGEST = 96  # tokens of an answer
@@ -86,11 +86,12 @@ def measure_talk(models: Sequence[Model], prompts: Sequence[str]) -> list[Talk]:
     for number, model in enumerate(models):
         stock = original if number == 0 else model.load(torch.float32)
         answers, distances = [], []
-        for start in tqdm(range(0, len(asked), AT_ONCE), desc="talk", unit="batch"):
+        for start in track(range(0, len(asked), AT_ONCE), f"answers of model {number + 1}", "batch"):
             answers += generate(stock, asked[start : start + AT_ONCE], LONGEST, ends)
         expected = expected or answers
         if number:
-            for prompt, answer in zip(asked, expected, strict=True):
+            pairs = list(zip(asked, expected, strict=True))
+            for prompt, answer in track(pairs, "divergence of the answers", "answer"):
                 row = torch.tensor([[*prompt, *answer]])
                 with torch.inference_mode():
                     pair = [each(row).logits[0, len(prompt) - 1 : -1] for each in (original, stock)]

@@ -25,6 +25,7 @@ from ..io.side_files import CARD
 from ..models.loading import Model
 from ..option_fields import flag
 from ..options import FULL, NO_FILL, SELF, CompressOptions, name_units
+from .recipe import describe_shares
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ def _reproduce_healing(recipe: Mapping[str, Any]) -> str | None:
     if "healing" not in recipe:
         return None
     options = recipe["healing"]
-    words = {name: options[name] for name in ("data", "tokens", "method", "seed")}
+    names = ("data", "dataset_config", "dataset_split", "text_column", "tokens", "method", "seed")
+    words = {name: options[name] for name in names if options.get(name) is not None}
     given = " ".join(f"{flag(name)} {shlex.quote(str(value))}" for name, value in words.items())
     return f"prune-peak heal {MADE} --original {_name_source(recipe)} \\\n  {given}"
 
@@ -228,7 +230,9 @@ def _conclude(recipe: Mapping[str, Any]) -> str:
 
 def _summarize(recipe: Mapping[str, Any]) -> str:
     options = recipe["options"]
-    cut = " and ".join(f"{share:.1%} of the {name_units(kind)}" for kind, share in _shares(recipe))
+    cut = describe_shares(options["ratio"], dict(_shares(recipe)), recipe.get("steps", {}))
+    saved = 1 - recipe["after"]["parameters"] / recipe["before"]["parameters"]
+    model = f" ({saved:.1%} of its parameters)" * (not options["keep_shape"])
     fills = "/".join(sorted({*recipe["fills"].values()} - {NO_FILL}))
     replaced = (
         f"Each was replaced by a constant, its {fills} activation over {_name_calibration(recipe)}. The constants "
@@ -249,7 +253,7 @@ def _summarize(recipe: Mapping[str, Any]) -> str:
     )
     shape = " (set to zero in place: all shapes are the original's, and nothing is saved)" * options["keep_shape"]
     return (
-        f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned, the same number in every "
+        f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned{model}, the same number in every "
         f"block{shape}. {replaced}{refit} The result loads with stock transformers. {checked}"
     )
 

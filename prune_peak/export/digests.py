@@ -6,11 +6,10 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..io.checkpoint import Checkpoint
 from ..io.tensor_files import digest_tensor
 from ..io.untrusted import MODULES, TEMPLATES, find_modules
+from ..progress import track
 from .recipe import RECIPE_FILE
 
 # What transformers reads besides the weights; the licence and other texts may change
@@ -56,7 +55,7 @@ def changed_tensors(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:
     checkpoint = Checkpoint(folder)
     found = set(checkpoint.names)
     yield from sorted(expected.keys() ^ found)
-    for name in tqdm(sorted(expected.keys() & found), desc="verify bytes", unit="tensor"):
+    for name in track(sorted(expected.keys() & found), "compare bytes", "tensor"):
         if digest_tensor(checkpoint.read(name)) != expected[name]:
             yield name
         checkpoint.release()

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..conversion.layout import Conversion
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..io.side_files import find_left_behind, find_side_files
 from ..io.tensor_files import save_tensors
 from ..io.untrusted import MODULES, find_modules, module_classes, read_json
@@ -25,6 +25,7 @@ from ..models.config_checks import read_generation
 from ..models.families import FAMILIES, tensors_by_block
 from ..models.loading import Model
 from ..models.weight_names import names_on_disk, split_merged
+from ..progress import track
 from ..sites.plan import SitePlan, pack_plan
 from ..sites.site import Tensors
 from .recipe import PLAN_FILE
@@ -79,9 +80,11 @@ class FolderWriter:
     def finish(self) -> dict[str, str]:
         """Write the other tensors, the config, the plan and the side files; returns the digests of all tensors."""
         changed = {site.block for site in self.conversion.sites}
-        for block in tensors_by_block(self.source.meta_model, self.source.family):
-            if block not in changed:
-                self._write(block, {})
+        unchanged = [
+            block for block in tensors_by_block(self.source.meta_model, self.source.family) if block not in changed
+        ]
+        for block in track(unchanged, "write the rest", "block"):
+            self._write(block, {})
         for name, (shape, dtype) in self.layout.items():
             if name in self._names and self._names[name] not in self._writer.digests:
                 assert name.endswith(".bias"), name
@@ -104,7 +107,8 @@ class FolderWriter:
                 raise PrunePeakError(
                     f"the new values of {name}, which take the constants of the pruned neurons, are too large for "
                     f"{narrow}; the original's are not. Save it in bfloat16 first ({kind}.from_pretrained(DIR, "
-                    "dtype='bfloat16').save_pretrained(OTHER)), or try --no-refit or another --fill."
+                    f"dtype='bfloat16').save_pretrained(OTHER)), or try {spell('refit', False)} or another "
+                    f"{spell('fill')}."
                 )
             if name in self._names:
                 self._writer.write(self._names[name], written)

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..option_fields import takes
 from ..options import FORMATS, ExportOptions
 
@@ -30,7 +30,7 @@ def export_model(folder: str | Path, file: str | Path, **options: Any) -> Path:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; expected a file to write.")
     if os.path.exists(path) and not given.force:
-        raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another name.")
+        raise PrunePeakError(f"{path} exists; pass {spell('force', True)} to replace it, or choose another name.")
     partial = path.with_name(path.name + ".partial")
     try:
         import_module(FORMATS[given.format]).export(Path(folder), partial)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.texts import load_tokenizer, special_tokens
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.loading import Model, open_model
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ def export(folder: Path, file: Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise PrunePeakError("--format gguf needs the package gguf: pip install 'prune-peak[gguf]'.") from None
+        raise PrunePeakError(
+            f"{spell('format', 'gguf')} needs the package gguf: pip install 'prune-peak[gguf]'."
+        ) from None
     source = open_model(str(folder))
     _check_architecture(source)
     factors = _rope_factors(source)

@@ -17,12 +17,14 @@ from ..errors import PrunePeakError
 from ..io.tensor_files import load_tensors
 from ..io.untrusted import check_folder, read_json
 from ..models.loading import Model
-from ..options import UNITS
-from ..sites.finding import find_sites, labels, prunable_kinds
+from ..options import UNITS, Ratio, name_units
+from ..sites.experts import ExpertsSite
+from ..sites.finding import find_every_site, labels
 from ..sites.plan import SitePlan, SiteResult, unpack_plan
 from ..sites.site import Site
 from ..version import __version__
 
+VISIBLE = 0.0005  # difference of two shares that one decimal of a per cent shows
 RECIPE_FILE = "prune_peak.json"
 PLAN_FILE = "prune_peak_plan.safetensors"
 VERSIONS = {
@@ -46,17 +48,49 @@ def measure_size(model: Model, zeroed: Mapping[tuple[str, int], int]) -> Size:
     """The size of a model; `zeroed` neurons, by label and block of the site, do not count."""
     neurons: Counter[str] = Counter()
     cache = 0
-    in_place = prunable_kinds(model.meta_model, model.family)
-    others = [kind for kind in prunable_kinds(model.meta_model, model.family, keep_shape=False) if kind not in in_place]
-    for site in [
-        *find_sites(model.meta_model, model.family, in_place, keep_shape=True),
-        *find_sites(model.meta_model, model.family, others),
-    ]:
+    for site in find_every_site(model.meta_model, model.family):
         neurons[site.label] += site.neurons - zeroed.get((site.label, site.block), 0)
         groups, _, head_dim = site.heads
         if head_dim > 1 and model.meta_model.can_generate():  # an attention
             cache += 2 * groups * head_dim * model.dtype.itemsize
     return Size(dict(neurons), model.parameters, model.size, cache)
+
+
+def describe_steps(sites: Sequence[Site], multiple_of: int | None) -> dict[str, str]:
+    """What leaves a site together, by the kind of site: why another share is pruned than was asked for."""
+    return {site.label: _describe_step(site, multiple_of) for site in reversed(sites)}
+
+
+def _describe_step(site: Site, multiple_of: int | None) -> str:
+    _, each, head_dim = site.heads
+    if isinstance(site, ExpertsSite):
+        return "whole experts"
+    if site.unit == 1:
+        return f"multiples of {site.kind.step(site, multiple_of)}"
+    if site.groups > 1:
+        return "whole heads, as many of every KV group"
+    return "whole KV groups" if each > 1 and site.unit == each * head_dim else "whole heads"
+
+
+def describe_shares(ratio: Ratio | None, shares: Mapping[str, float], steps: Mapping[str, str]) -> str:
+    """What is pruned, and what was asked for where that differs.
+
+    Args:
+        ratio: as it was asked for; None for a size target.
+        shares: of the neurons, by the kind of site.
+        steps: from `describe_steps`.
+
+    Example:
+        >>> describe_shares(0.3, {"attention": 0.5, "mlp": 0.3}, {"attention": "whole heads", "mlp": "multiples of 8"})
+        '50.0% of the attention neurons (asked 30%: whole heads) and 30.0% of the MLP neurons'
+    """
+    parts = []
+    for kind, share in shares.items():
+        asked = ratio.get(kind) if isinstance(ratio, Mapping) else ratio
+        differs = asked is not None and abs(asked - share) >= VISIBLE
+        reason = f" (asked {100 * asked:.3g}%: {steps[kind]})" if differs and asked and kind in steps else ""
+        parts.append(f"{share:.1%} of the {name_units(kind)}{reason}")
+    return " and ".join(parts)
 
 
 def describe_sites(sites: Sequence[Site], results: Mapping[str, SiteResult]) -> dict[str, Any]:

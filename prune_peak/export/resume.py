@@ -17,9 +17,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import PrunePeakError, UsageError, VerificationError
+from ..errors import PrunePeakError, UsageError, VerificationError, spell
 from ..io.tensor_files import load_tensors, save_tensors
 from ..io.untrusted import check_folder, parse_json, read_json
+from ..progress import phase
 from ..sites.plan import RefitResult, SiteResult, pack_plan, unpack_plan
 from .recipe import RECIPE_FILE
 
@@ -55,16 +56,19 @@ class ResumableRun:
         self._found: dict[str, Any] = {}
         self._resumed, self._force = False, force
         if not folder.name:
-            raise UsageError(f"--output {folder}: expected the name of a folder to write.")
+            raise UsageError(f"{spell('output', folder)}: expected the name of a folder to write.")
         for path in (self.folder, self.partial):
             if os.path.islink(path) or (os.path.exists(path) and not path.is_dir()):
-                raise PrunePeakError(f"{path} is a file; choose another --output.")
-        if os.path.exists(folder) and not force:
-            raise PrunePeakError(f"{folder} exists; pass --force to replace it, or choose another --output.")
-        if os.path.exists(folder) and any(folder.iterdir()) and not (folder / RECIPE_FILE).exists():
+                raise PrunePeakError(f"{path} is a file; choose another {spell('output')}.")
+        is_empty = os.path.isdir(folder) and not any(folder.iterdir())
+        if os.path.exists(folder) and not is_empty and not force:
             raise PrunePeakError(
-                f"{folder} is not an output folder of prune-peak, so --force does not replace it. Choose another "
-                "--output."
+                f"{folder} exists; pass {spell('force', True)} to replace it, or choose another {spell('output')}."
+            )
+        if os.path.exists(folder) and not is_empty and not (folder / RECIPE_FILE).exists():
+            raise PrunePeakError(
+                f"{folder} is not an output folder of prune-peak, so {spell('force', True)} does not replace it. "
+                f"Choose another {spell('output')}."
             )
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,9 @@ class ResumableRun:
             self._recall()
             self._check_disk(size)
         except Timeout:
-            raise PrunePeakError(f"another run writes {folder}; wait for it, or choose another --output.") from None
+            raise PrunePeakError(
+                f"another run writes {folder}; wait for it, or choose another {spell('output')}."
+            ) from None
         except OSError as error:
             self._lock.release()
             raise PrunePeakError(f"{self.partial} cannot be written ({error.strerror}).") from None
@@ -104,7 +110,7 @@ class ResumableRun:
         if changed:
             raise PrunePeakError(
                 f"{self.partial} belongs to an unfinished run with different options ({', '.join(changed)}). Rerun "
-                "that command to resume it, or pass --force to start over."
+                f"that command to resume it, or pass {spell('force', True)} to start over."
             )
         self.checkpoint.mkdir(exist_ok=True)
         for folder in (self.partial, self.checkpoint):
@@ -120,7 +126,7 @@ class ResumableRun:
                 shutil.rmtree(self.partial)
             raise PrunePeakError(
                 f"{self.folder.parent} has {free / 1e9:.2f} GB free; the output needs {size / 1e9:.2f} GB. "
-                "Choose another --output."
+                f"Choose another {spell('output')}."
             )
 
     def __enter__(self) -> "ResumableRun":
@@ -161,7 +167,7 @@ class ResumableRun:
         if self._found.setdefault(name, answer) != answer:
             raise PrunePeakError(
                 f"{self.partial} belongs to an unfinished run with another {name}. Rerun it with that one to resume, "
-                "or pass --force to start over."
+                f"or pass {spell('force', True)} to start over."
             )
         self._save()
 
@@ -192,8 +198,9 @@ class ResumableRun:
 
     def finish(self) -> None:
         """Rename the checkpoint to its final name, after all files are on disk."""
-        for path in (*self.checkpoint.rglob("*"), self.checkpoint):
-            _sync(path)
+        with phase("flush to the disk"):
+            for path in (*self.checkpoint.rglob("*"), self.checkpoint):
+                _sync(path)
         replaced = self.partial / "replaced"
         if self._force and self.folder.exists():
             os.replace(self.folder, replaced)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..conversion.layout import Conversion
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.loading import Model
 from ..options import OWN
 from .digests import is_tokenizer
@@ -58,7 +58,7 @@ def keep_tokenizer(source: Model, conversion: Conversion, folder: Path) -> None:
             raise PrunePeakError(
                 f"the tokenizer of {source.name} cannot be loaded here, so it is not known what it does once "
                 f"{conversion.model_class.__name__} is written. Install what it needs (tokenizer.model: pip install "
-                "sentencepiece protobuf), or pass --output-class own."
+                f"sentencepiece protobuf), or pass {spell('output_class', 'own')}."
             )
         return
     expected = _behaviour(tokenizer, tokenizer)
@@ -71,7 +71,7 @@ def keep_tokenizer(source: Model, conversion: Conversion, folder: Path) -> None:
     if not _reads(folder, tokenizer, expected):
         raise PrunePeakError(
             f"the tokenizer of {source.name} behaves otherwise once {conversion.model_class.__name__} is written. "
-            "Choose another --output-class, or --output-class own."
+            f"Choose another {spell('output_class')}, or {spell('output_class', 'own')}."
         )
 
 

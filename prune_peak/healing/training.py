@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -21,9 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.windows import IGNORED
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..evaluation.divergence import divergence, measure_distance
 from ..options import LORA
+from ..progress import open_bar
 from .windows import HealingData, Row
 
 STEP_TOKENS = 512  # of one update
@@ -75,7 +75,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     """One progress bar, which starts where a run resumes."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="heal", unit="step")
+        self.bar = open_bar("heal", "step", state.max_steps, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update()
@@ -164,7 +164,9 @@ def _add_adapters(model: PreTrainedModel) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise PrunePeakError("--method lora needs the package peft: pip install 'prune-peak[lora]'.") from None
+        raise PrunePeakError(
+            f"{spell('method', 'lora')} needs the package peft: pip install 'prune-peak[lora]'."
+        ) from None
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from ..data.sampling import sample_windows
 from ..data.self_generated import PASSAGE, generate_tokens
 from ..data.texts import read_windows
 from ..data.windows import IGNORED, Windows, name_data, window_length
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..io.tensor_files import load_tensors, save_tensors
 from ..models.loading import Model
-from ..options import SELF
+from ..options import FIRST_PART, SELF, DataOptions
 
 Row = dict[str, Tensor]  # input_ids (length,), and labels (length,): the next token, or IGNORED where none is counted
 
@@ -72,7 +72,14 @@ def load_data(path: Path) -> HealingData:
         raise PrunePeakError(f"{path} has no rows of tokens. Heal the compressed folder again.") from None
 
 
-def choose_data(original: Model, recipe: Mapping[str, Any], data: str, tokens: int, seed: int) -> HealingData:
+def choose_data(
+    original: Model,
+    recipe: Mapping[str, Any],
+    data: str,
+    tokens: int,
+    seed: int,
+    reading: DataOptions = FIRST_PART,
+) -> HealingData:
     """Rows of a text, or of what the original writes itself; none was in the calibration.
 
     Raises:
@@ -81,7 +88,7 @@ def choose_data(original: Model, recipe: Mapping[str, Any], data: str, tokens: i
     if data == SELF:
         return _own_data(original, recipe, tokens, seed)
     length = window_length(original, recipe["options"]["sequence_length"])
-    windows = read_windows(data, original, length)
+    windows = read_windows(data, original, length, reading)
     used = _calibration_of(original, recipe, data)
     if used is not None:
         seen = {window.numpy().tobytes() for window in torch.cat([used.calibration, used.held_out])}
@@ -92,10 +99,16 @@ def choose_data(original: Model, recipe: Mapping[str, Any], data: str, tokens: i
     if not len(train):
         raise PrunePeakError(
             f"{data} has {len(windows)} windows of {length} tokens besides those of the calibration; expected at least "
-            "2, one to train on and one to measure on. Pass a longer text with --data, or --data self."
+            f"2, one to train on and one to measure on. Pass a longer text with {spell('data')}, or "
+            f"{spell('data', SELF)}."
         )
     rows = [_row(window) for window in windows]
     return HealingData(name_data(data), [rows[n] for n in train], [rows[n] for n in order[:held]])
+
+
+def recorded_reading(record: Mapping[str, Any]) -> DataOptions:
+    """What was read of the data, by a recipe."""
+    return DataOptions(**{item.name: record.get(item.name) for item in fields(DataOptions)})
 
 
 def _calibration_of(original: Model, recipe: Mapping[str, Any], data: str) -> Windows | None:
@@ -103,7 +116,9 @@ def _calibration_of(original: Model, recipe: Mapping[str, Any], data: str) -> Wi
     options = recipe["options"]
     if options["calibration"] != [name_data(data)]:
         return None
-    windows = sample_windows(original, [data], options["samples"], options["sequence_length"], options["seed"])
+    windows = sample_windows(
+        original, [data], options["samples"], options["sequence_length"], options["seed"], recorded_reading(options)
+    )
     return windows if windows.digest == recipe["calibration_digest"] else None
 
 

@@ -1,16 +1,12 @@
 """Device, dtypes and batch size of a run."""
 
-import logging
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, spell
 from ..options import PROCESSOR
 from .loading import Model
-
-log = logging.getLogger(__name__)
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,16 +35,18 @@ class ExecutionConfig:
 
 
 def find_device(name: str) -> torch.device:
-    """The named device, or the CPU with a warning if the device is not available.
+    """The named device.
 
     Raises:
-        UsageError: the name is not a device.
+        UsageError: the name is not a device, or this machine has none of it.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name}: expected cpu or cuda. Choose one of them.") from None
+        raise UsageError(f"{spell('device', name)}: expected cpu or cuda. Choose one of them.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        log.warning("No %s device is available; blocks run on the CPU.", name)
-        return CPU
+        raise UsageError(
+            f"{spell('device', name)}: torch {torch.__version__} finds no such device here. Use "
+            f"{spell('device', PROCESSOR)}."
+        )
     return device

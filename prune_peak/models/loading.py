@@ -8,7 +8,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -27,9 +25,11 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..errors import PrunePeakError, brief
 from ..io.checkpoint import Checkpoint, has_weights
-from ..io.side_files import CARD, MODULE_FILES, SIDE_FILES, TERMS_IN_ANY_CASE
+from ..io.locating import FETCHED, locate
+from ..io.side_files import MODULE_FILES
 from ..io.tensor_files import digest_tensor
-from ..io.untrusted import check_folder, find_modules
+from ..io.untrusted import find_modules
+from ..progress import phase, track
 from .config_checks import (
     MOST_BUFFERS,
     build_meta_model,
@@ -46,10 +46,6 @@ from .families import Family
 from .head_detection import detect_class
 from .miniature import IMAGES as IMAGES  # exported
 from .weight_names import Merged, check_shapes, match_names
-
-FETCHED = (CARD, "*.json", *SIDE_FILES, *TERMS_IN_ANY_CASE)  # from the Hub
-# Not downloaded from the Hub: subfolders (except chat templates) and duplicates of the weights
-NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,8 @@ class Model(ModelSpec):
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The stock model with all its weights in memory, in evaluation mode."""
-        loaded: PreTrainedModel = self.model_class.from_pretrained(self.folder, dtype=dtype).eval()
+        with phase("load the model"):
+            loaded: PreTrainedModel = self.model_class.from_pretrained(self.folder, dtype=dtype).eval()
         return loaded
 
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -206,7 +203,7 @@ class Model(ModelSpec):
         names = sorted([*self.names.items(), *((disk, disk) for disk in self.disk_names if disk not in plain)])
         at_once = os.cpu_count() or 1
         with ThreadPoolExecutor(at_once) as pool:
-            for start in range(0, len(names), at_once):
+            for start in track(range(0, len(names), at_once), "read the weights", "tensor"):
                 tensors = {name: self.checkpoint.read(disk) for name, disk in names[start : start + at_once]}
                 for name, digest in zip(tensors, pool.map(digest_tensor, tensors.values()), strict=True):
                     total.update(name.encode() + digest.encode())
@@ -231,7 +228,8 @@ def open_model_spec(name: str, revision: str | None = None) -> ModelSpec:
     Raises:
         PrunePeakError: the model cannot be found or is not supported.
     """
-    folder, commit = _locate(name, revision, ["config.json"])
+    name = _strip_slash(name)
+    folder, commit = locate(name, revision, ["config.json"])
     return _read_spec(name, commit, folder)
 
 
@@ -241,13 +239,14 @@ def open_model(name: str, revision: str | None = None) -> Model:
     Raises:
         PrunePeakError: the model cannot be found, is not supported, or config and weights do not match.
     """
-    folder, commit = _locate(name, revision, [*FETCHED, "*.safetensors"])
+    name = _strip_slash(name)
+    folder, commit = locate(name, revision, [*FETCHED, "*.safetensors"])
     if commit is not None and not any(folder.glob("*.safetensors")):
-        folder, commit = _locate(name, commit, [*FETCHED, "pytorch_model*.bin"])
+        folder, commit = locate(name, commit, [*FETCHED, "pytorch_model*.bin"])
     modules = find_modules(folder)
     if commit is not None and modules:
         patterns = [f"{escape(module)}/{pattern}" for module in modules for pattern in (*MODULE_FILES, "*.bin")]
-        _locate(name, commit, patterns, ())
+        locate(name, commit, patterns, ())
     spec = _read_spec(name, commit, folder)
     config, meta_model = spec.config, spec.meta_model
     checkpoint = Checkpoint(folder)
@@ -269,29 +268,9 @@ def open_model(name: str, revision: str | None = None) -> Model:
     )
 
 
-def _locate(
-    name: str, revision: str | None, patterns: list[str], others: Sequence[str] = NOT_FETCHED
-) -> tuple[Path, str | None]:
-    folder = Path(name)
-    try:
-        if folder.is_dir():
-            check_folder(folder)
-            return folder, None
-        if folder.exists():
-            raise PrunePeakError(
-                f"{name} is a file; expected a model folder or a Hub id. Pass the folder that contains the file."
-            )
-    except OSError as error:
-        raise PrunePeakError(
-            f"{name} cannot be opened ({error.strerror}). Expected a readable model folder or a Hub id."
-        ) from None
-    try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*others]))
-    except HFValidationError:
-        raise PrunePeakError(f"{name} is neither a folder nor a Hub id. Check the spelling.") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise PrunePeakError(f"{name} is not a folder, and the download from the Hub failed: {brief(error)}") from None
-    return found, found.name
+def _strip_slash(name: str) -> str:
+    """A name without the slash that completion puts after a folder."""
+    return str(name).rstrip("/") or str(name)
 
 
 def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:

@@ -27,6 +27,14 @@ log = logging.getLogger(__name__)
 # Buffers that older transformers releases saved and newer ones compute
 LEGACY_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.(masked_)?bias$")
 
+# Prefixes that wrappers leave in the names of tensors, who adds them, and what to save instead
+WRAPPERS = {
+    "_orig_mod.": ("torch.compile", "model._orig_mod"),
+    "_fsdp_wrapped_module.": ("FSDP", "the full state dict of the model"),
+    "base_model.model.": ("peft", "model.merge_and_unload()"),
+    "module.": ("DataParallel", "model.module"),
+}
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -66,11 +74,27 @@ def match_names(checkpoint: Checkpoint, meta_model: PreTrainedModel, ignored_ten
         elif not any(re.search(pattern, name) for pattern in ignored):
             unknown.append(disk)
     if unknown:
+        _refuse_wrapped(checkpoint, unknown)
         raise PrunePeakError(
             f"{checkpoint.folder} contains {len(unknown)} tensors that are not part of {class_name} and would be lost: "
             f"{_few(unknown)}. Remove them, or correct config.json."
         )
     return names
+
+
+def _refuse_wrapped(checkpoint: Checkpoint, unknown: Sequence[str]) -> None:
+    """Name the wrapper whose prefix the names have.
+
+    Raises:
+        PrunePeakError: they have one.
+    """
+    for prefix, (wrapper, inner) in WRAPPERS.items():
+        wrapped = [name for name in unknown if f".{prefix}" in f".{name}"]
+        if wrapped:
+            raise PrunePeakError(
+                f"{checkpoint.folder}: the names of {len(wrapped)} tensors have the prefix {prefix} of {wrapper}: "
+                f"{_few(wrapped)}. Save {inner} with `save_pretrained` instead."
+            )
 
 
 def find_names(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Names:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..progress import phase
 from .execution import ExecutionConfig
 from .families import find_blocks
 from .forward import run
@@ -92,7 +93,8 @@ def open_stream(
 ) -> Stream:
     """Run a model over batches, block by block where its class allows it."""
     kind = BlockStream if source.family.streamable else WholeStream
-    return kind(source, batches, dtype, execution)
+    with phase("build the model"):
+        return kind(source, batches, dtype, execution)
 
 
 def _for_windows(model: PreTrainedModel) -> PreTrainedModel:

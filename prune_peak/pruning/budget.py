@@ -9,7 +9,7 @@ import numpy
 from transformers import PreTrainedModel
 
 from ..conversion.choice import choose_conversion
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.loading import ModelSpec
 from ..options import Budget
 from ..sites.site import Site
@@ -54,14 +54,14 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
         return count_parameters(choose_conversion(spec, sites, widths, spec.dtype, output_class).meta_model)
 
     if len(first) > 1 and {*first} & {"experts", "expert-mlp"}:
-        raise UsageError("a size target prunes experts as one kind alone. Pass --ratio with a share for every kind.")
+        raise UsageError(f"a size target prunes experts as one kind alone. Pass {spell('ratio')} for every kind.")
     *others, last = first
     choices = [[(kind, width) for width in _spread(first[kind].neurons, steps[kind])] for kind in others]
     widths = range(steps[last], first[last].neurons + 1, steps[last])
     if not widths:
         raise PrunePeakError(
             f"multiples of {steps[last]} of {first[last].neurons} neurons would keep none. Choose a smaller "
-            "--multiple-of."
+            f"{spell('multiple_of')}."
         )
     most = _most_parameters(spec, budget)
     allocations = []
@@ -75,7 +75,7 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
         least = parameters({kind: steps[kind] for kind in first})
         raise PrunePeakError(
             f"the target cannot be reached: with one unit left at every site, {least:,} parameters remain. Choose a "
-            "larger target, or prune both kinds (--sites mlp,attention)."
+            f"larger target, or prune both kinds ({spell('sites', ('mlp', 'attention'))})."
         )
     return allocations
 
@@ -137,6 +137,6 @@ def kept_width(width: int, ratio: float, step: int) -> int:
     if not 0 < kept < width:
         raise PrunePeakError(
             f"ratio {ratio} of {width} neurons, in multiples of {step}, would "
-            f"{'keep none' if kept == 0 else 'prune none'}. Choose another ratio, or a smaller --multiple-of."
+            f"{'keep none' if kept == 0 else 'prune none'}. Choose another ratio, or a smaller {spell('multiple_of')}."
         )
     return kept

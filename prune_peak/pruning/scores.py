@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UsageError, spell
 from ..options import DEVIATION, ELIMINATION, FILLS, FREQUENCY, RANDOM, REAP, SCORES
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ def rank_neurons(score: str, site: "Site", weight: "Tensor", summary: "Summary",
 
 
 def _for_experts(score: str) -> UsageError:
-    return UsageError(f"--score {score} ranks whole experts. Pass --sites experts, or choose another --score.")
+    return UsageError(
+        f"{spell('score', score)} ranks whole experts ({spell('sites', 'experts')}). Choose another score."
+    )
 
 
 def _norms(weight: "Tensor") -> "Tensor":

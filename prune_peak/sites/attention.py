@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.config_keys import read_key
 from ..models.families import Attention as Modules
 from ..models.families import Family
@@ -26,13 +26,17 @@ class Attention(SiteKind):
         if family.attention is None and family.discovered:
             raise PrunePeakError(
                 f"no attention whose heads can be pruned was found in {type(model).__name__} "
-                f"({family.attention_unseen}). Prune its MLP (--sites mlp)."
+                f"({family.attention_unseen}). Prune its MLP ({spell('sites', 'mlp')})."
             )
         if family.attention is None or not family.attention.heads_prunable:
-            instead = "" if family.attention is None else ", or fold it in place at the same size (--keep-shape)"
+            instead = (
+                ""
+                if family.attention is None
+                else f", or fold it in place at the same size ({spell('keep_shape', True)})"
+            )
             raise PrunePeakError(
                 f"no stock class supports fewer heads for the family {family.model_type}, so pruning them would save "
-                f"nothing. Prune its MLP (--sites mlp){instead}."
+                f"nothing. Prune its MLP ({spell('sites', 'mlp')}){instead}."
             )
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.config_keys import read_key
 from ..models.families import Experts, Family
 from ..models.loading import Model
@@ -67,7 +67,9 @@ class ExpertMlp(SharedMlp):
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
         if family.experts is None:
-            raise PrunePeakError(f"this {family.model_type} has no stacked experts. Prune its MLP (--sites mlp).")
+            raise PrunePeakError(
+                f"this {family.model_type} has no stacked experts. Prune its MLP ({spell('sites', 'mlp')})."
+            )
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
         assert family.experts is not None

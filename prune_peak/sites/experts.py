@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.config_keys import read_key
 from ..models.families import Family
 from .expert_forward import every_output, listened
@@ -50,11 +50,13 @@ class Experts(SiteKind):
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
         if family.experts is None:
-            raise PrunePeakError(f"this {family.model_type} has no stacked experts. Prune its MLP (--sites mlp).")
+            raise PrunePeakError(
+                f"this {family.model_type} has no stacked experts. Prune its MLP ({spell('sites', 'mlp')})."
+            )
         if not family.experts.router:
             raise PrunePeakError(
                 f"no config key of this {family.model_type} sets the number of its experts alone. Make its experts "
-                "narrower (--sites expert-mlp)."
+                f"narrower ({spell('sites', 'expert-mlp')})."
             )
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:

@@ -1,10 +1,13 @@
 """The registry of kinds of site, and the sites of a model."""
 
+import re
 from collections.abc import Sequence
 
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..models.families import Family, blocks_path, find_blocks
 from ..options import HEAD
 from .attention import Attention
@@ -25,6 +28,17 @@ SITE_KINDS: list[SiteKind] = [
     ExpertMlp(),
     Experts(),
 ]
+
+LARGE = 0.05  # share of a block's parameters
+# Parts of blocks that no kind of site prunes, by the name of a class or of its tensors
+MIXERS = {
+    r"kv_b_proj": "multi-head latent attention",
+    r"experts": "experts",
+    r"DeltaNet|DeltaAttention|(?i:linear_?attention|lightning|retention)": "linear attention",
+    r"(?i:mamba|ssm)|A_log": "Mamba",
+    r"(?i)recurrent|rg_lru|lstm|rwkv": "a recurrent mixer",
+    r"(?i)conv": "a convolution",
+}
 
 
 def labels(family: Family | None = None) -> list[str]:
@@ -52,10 +66,10 @@ def find_sites(
     """
     for label in wanted:
         if label not in labels():
-            raise UsageError(f"--sites {label}: expected {', '.join(labels())}, or several with commas.")
+            raise UsageError(f"{spell('sites', label)}: expected {', '.join(labels())}, or several with commas.")
     kinds = [kind for kind in SITE_KINDS if kind.label in wanted and kind.applies(unit, keep_shape)]
     if keep_shape and (lost := set(wanted) - {kind.label for kind in kinds}):
-        raise UsageError(f"--keep-shape cannot fold {', '.join(sorted(lost))} in place. Remove --keep-shape.")
+        raise UsageError(f"{spell('keep_shape', True)} cannot fold {', '.join(sorted(lost))} in place. Remove it.")
     for kind in kinds:
         kind.check(model, family)
     path, blocks = blocks_path(model, family), len(find_blocks(model, family))
@@ -81,3 +95,38 @@ def prunable_kinds(
                 continue
             found.append(kind.label)
     return tuple(sorted(found, reverse=True))
+
+
+def find_every_site(model: PreTrainedModel, family: Family) -> list[Site]:
+    """The sites of all kinds: those that can be folded in place, and those that can only be deleted."""
+    in_place = prunable_kinds(model, family)
+    others = [kind for kind in prunable_kinds(model, family, keep_shape=False) if kind not in in_place]
+    return [*find_sites(model, family, in_place, keep_shape=True), *find_sites(model, family, others)]
+
+
+def find_left_whole(model: PreTrainedModel, family: Family) -> dict[str, str]:
+    """The mixers and other large parts of blocks that no site reaches, by their path in the block."""
+    reached = {name for site in find_every_site(model, family) for name in site.slices}
+    path, blocks = blocks_path(model, family), find_blocks(model, family)
+    found: dict[tuple[str, str], int] = {}  # number of blocks
+    for index, block in enumerate(blocks):
+        size = sum(parameter.numel() for parameter in block.parameters())
+        for name, part in block.named_children():
+            names = [f"{path}.{index}.{name}.{inner}" for inner, _ in part.named_parameters()]
+            linear = [inner for inner in part.modules() if isinstance(inner, nn.Linear | Conv1D)]
+            is_large = sum(inner.weight.numel() for inner in linear) > LARGE * size
+            words, class_name = _name_mixer(part), type(part).__name__
+            if (words or is_large) and reached.isdisjoint(names):
+                what = name, f"{words} ({class_name})" if words else class_name
+                found[what] = found.get(what, 0) + 1
+    whole: dict[str, str] = {}
+    for (name, words), count in found.items():
+        told = f"{words}, in {count} of {len(blocks)} blocks"
+        whole[name] = f"{whole[name]}; {told}" if name in whole else told
+    return whole
+
+
+def _name_mixer(part: nn.Module) -> str:
+    """What a part of a block is, by the name of its class and those of its tensors; empty where neither tells."""
+    text = " ".join([type(part).__name__, *(name for name, _ in part.named_parameters())])
+    return next((words for pattern, words in MIXERS.items() if re.search(pattern, text)), "")

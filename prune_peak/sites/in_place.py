@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.families import Family
 from ..options import GROUP, HEAD, NEURON
 from .attention import measure_heads, modules_of
@@ -74,7 +74,7 @@ class InPlaceAttention(InPlace):
             reason = family.attention_unseen or "its norms span all heads"
             raise PrunePeakError(
                 f"the attention of the family {family.model_type} cannot be pruned: {reason}. Prune its MLP "
-                "(--sites mlp)."
+                f"({spell('sites', 'mlp')})."
             )
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:

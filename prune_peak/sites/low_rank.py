@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UsageError
+from ..errors import UsageError, spell
 from ..models.families import Family
 from ..options import NEURON
 from .attention import Attention, measure_heads, modules_of
@@ -38,9 +38,9 @@ class NarrowHeads(Attention):
     def check(self, model: PreTrainedModel, family: Family) -> None:
         if family.attention is None or not family.attention.head_dim_prunable:
             raise UsageError(
-                f"--unit {NEURON} makes heads narrower, which requires attention without rotary positions and norms of "
-                f"queries and keys; {family.model_type} has them, or no stock class supports it. Prune whole heads, or "
-                "fold in place at the same size (--keep-shape)."
+                f"{spell('unit', NEURON)} makes heads narrower, which requires attention without rotary positions and "
+                f"norms of queries and keys; {family.model_type} has them, or no stock class supports it. Prune whole "
+                f"heads, or fold in place at the same size ({spell('keep_shape', True)})."
             )
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:

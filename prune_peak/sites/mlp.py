@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.config_keys import read_key
 from ..models.families import MLP, Family, find_blocks
 from .site import Site, SiteKind, Slice, has_module, measure_projection, rows_of
@@ -24,13 +24,13 @@ class Mlp(SiteKind):
         blocks = find_blocks(model, family)
         if family.mlp is None:
             raise PrunePeakError(
-                f"every MLP of this {family.model_type} is an expert. Make its experts narrower (--sites expert-mlp), "
-                "or remove whole experts (--sites experts)."
+                f"every MLP of this {family.model_type} is an expert. Make its experts narrower "
+                f"({spell('sites', 'expert-mlp')}), or remove whole experts ({spell('sites', 'experts')})."
             )
         if not any(has_module(block, mlp.output_projection) for mlp in family.mlps for block in blocks):
             raise PrunePeakError(
                 f"this {family.model_type} has no {family.mlp.output_projection} in its blocks: its MLP is of a kind "
-                "(such as DINOv2's SwiGLU) that is not supported. Prune its attention (--sites attention)."
+                f"(such as DINOv2's SwiGLU) that is not supported. Prune its attention ({spell('sites', 'attention')})."
             )
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:

@@ -1,20 +1,22 @@
 """`calibrate()`: measure a model once and keep its statistics in a file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.data_sets import check_data
 from ..data.sampling import sample_windows
 from ..data.windows import Windows, name_data
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..memory import estimate_workload, plan_execution
 from ..models.execution import DTYPES, ExecutionConfig, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
 from ..options import NEURON, CalibrateOptions, CalibrationOptions
+from ..progress import next_stage, stages
 from ..sites.finding import find_sites, prunable_kinds
 from ..sites.site import Site
 from .collection import SiteStats, collect_together
@@ -22,6 +24,7 @@ from .stats_file import Statistics, load_statistics, write_statistics
 
 
 @takes(CalibrateOptions)
+@stages(2)
 def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
     """Measure a model once and keep its statistics in a file, for `compress(stats=...)` at several ratios.
 
@@ -39,10 +42,13 @@ def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
     given = CalibrateOptions(output=output, **options)
     path, covariances = Path(output), given.covariances
     if path.is_dir():
-        raise UsageError(f"--output {path} is a folder; expected a file to write.")
+        raise UsageError(f"{spell('output', path)} is a folder; expected a file to write.")
     if path.exists() and not given.force:
-        raise PrunePeakError(f"{path} exists; pass --force to replace it, or choose another --output.")
+        raise PrunePeakError(
+            f"{path} exists; pass {spell('force', True)} to replace it, or choose another {spell('output')}."
+        )
     source = open_model(model, given.revision)
+    check_data(given.calibration, source.sees_images, given.reading)
     kinds, attention = prunable_kinds(source.meta_model, source.family), source.family.attention
     # where heads can become narrower, that needs covariances of queries and keys
     unit = {"unit": NEURON} if covariances and attention and attention.head_dim_prunable else {"keep_shape": True}
@@ -54,6 +60,7 @@ def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
         source, estimate_workload(source, sites, given, covariances), given.max_memory, given.device
     )
     calibration = measure(source, given, execution)
+    next_stage()
     stats = calibration.observe(sites, covariances)
     write_statistics(path, source, calibration.windows, calibration.options, stats, len(sites), covariances)
     return load_statistics(path, source, sites)
@@ -75,7 +82,9 @@ class Calibration:
 
 def measure(source: Model, options: CalibrationOptions, execution: ExecutionConfig) -> Calibration:
     """Sample the windows of a calibration, and be ready to measure on them."""
-    windows = sample_windows(source, options.calibration, options.samples, options.sequence_length, options.seed)
+    windows = sample_windows(
+        source, options.calibration, options.samples, options.sequence_length, options.seed, options.reading
+    )
     name = options.dtype or default_dtype(source)
 
     def observe(sites: Sequence[Site], covariances: bool) -> Iterable[SiteStats]:
@@ -87,5 +96,6 @@ def measure(source: Model, options: CalibrationOptions, execution: ExecutionConf
         "sequence_length": None if source.sees_images else windows.calibration.shape[1],
         "dtype": name,
         "seed": options.seed,
+        **asdict(options.reading),
     }
     return Calibration(windows, record, observe)

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.windows import into_batches
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..models.execution import ExecutionConfig
 from ..models.loading import IMAGES, Model, open_model
 from ..models.stream import Batch, Step, Stream
 from ..models.streaming import BlockRun
 from ..models.whole import open_stream
+from ..progress import open_bar
 from ..sites.experts import ExpertsSite
 from ..sites.routing import RoutingSample
 from ..sites.site import Site
@@ -77,10 +77,14 @@ def observe_blocks(
         PrunePeakError: activations that are not finite.
     """
     count = min(max(site.block for site in sites) + 1, stream.passes)
-    for step in tqdm(islice(stream.steps(), count), total=count, desc=description, unit="block"):
-        observers = [create(site, step) for site in sites if step.covers(site.block)]
-        _observe(stream, observers, step.run())
-        yield step, observers
+    done = min(count - 1, min(site.block for site in sites)) if stream.blocks_at_once == 1 else 0  # by a run before
+    with open_bar(description, "block", count, done) as bar:
+        for number, step in enumerate(islice(stream.steps(), count)):
+            observers = [create(site, step) for site in sites if step.covers(site.block)]
+            _observe(stream, observers, step.run())
+            yield step, observers
+            if number >= done:
+                bar.update()
 
 
 def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[int]) -> None:
@@ -100,7 +104,7 @@ def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[in
         if not bool(torch.isfinite(observer.stats.square_sum).all()):
             raise PrunePeakError(
                 f"{observer.site.name} of {stream.source.name} has activations that are not finite in {stream.dtype}. "
-                "Pass --dtype float32, or check the checkpoint."
+                f"Pass {spell('dtype', 'float32')}, or check the checkpoint."
             )
 
 
@@ -181,7 +185,7 @@ def collect(
     if len(batches) < group.world_size:
         raise PrunePeakError(
             f"{group.world_size} processes cannot share {len(batches)} batches of calibration; start fewer processes, "
-            "or pass more --samples."
+            f"or pass more {spell('samples')}."
         )
     batches = batches[group.share(len(batches))]
     masks = [batch.get("attention_mask") for batch in batches]

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ..data.windows import Windows
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..io.tensor_files import TensorFile, stream_tensors
 from ..io.untrusted import parse_json
 from ..memory import Workload, estimate_workload
 from ..models.execution import DTYPES
 from ..models.loading import Model
 from ..options import CalibrationOptions
+from ..progress import open_bar
 from ..sites.experts import ExpertsSite
 from ..sites.site import Site
 from .collection import SiteStats
@@ -53,16 +54,16 @@ class Statistics:
         """Raise PrunePeakError if an option needs covariances and the file holds none."""
         uses = {
             "the refit": refit,
-            "--fill auto": is_fill_open,
-            "--unit neuron": any(site.observed_outputs for site in sites),
+            f"{spell('fill', 'auto')}": is_fill_open,
+            f"{spell('unit', 'neuron')}": any(site.observed_outputs for site in sites),
             "a target over two kinds of site": is_split_open,
         }
         needs = [use for use, is_wanted in uses.items() if is_wanted]
         if needs and not self.has_covariances:
-            instead = ", or add --no-refit" if needs == ["the refit"] else ""
+            instead = f", or add {spell('refit', False)}" if needs == ["the refit"] else ""
             raise PrunePeakError(
                 f"{self._file.path} holds no covariances, required for {' and '.join(needs)}. Write it again with "
-                f"`prune-peak calibrate --covariances`{instead}."
+                f"`prune-peak calibrate {spell('covariances', True)}`{instead}."
             )
 
     def workload(self, source: Model, sites: Sequence[Site], for_refit: bool) -> Workload:
@@ -72,7 +73,10 @@ class Statistics:
 
     def read_sites(self, sites: Sequence[Site], covariances: bool) -> Iterator[SiteStats]:
         """Read the statistics of sites, one by one."""
-        return map(self.read_site, sites)
+        with open_bar("prune", "site", len(sites)) as bar:
+            for site in sites:
+                yield self.read_site(site)
+                bar.update()
 
     def read_site(self, site: Site) -> SiteStats:
         """Read the statistics of a site; raise PrunePeakError if a tensor is missing or invalid."""

@@ -12,15 +12,15 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from tqdm import tqdm
-
 from ..evaluation.quality import WindowScores
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
-from ..option_fields import spell, takes
+from ..option_fields import spell_command, takes
 from ..options import FILLS, RANKED, RESAMPLE
+from ..progress import next_stage, open_bar, stages
 from ..report import Section, write_report, write_table
 from ..sites.finding import prunable_kinds
+from ..sites.site import Site
 from .curves import CROSS_ENTROPY, Curve, build_curves, compare_areas, is_significant, mean_and_error
 from .options import AblateOptions
 from .plots import MISSING, can_draw, draw_degradation
@@ -47,6 +47,7 @@ class Study:
 
 
 @takes(AblateOptions)
+@stages(3)
 def ablate(model: str, output: str | Path | None = None, **options: Any) -> Study:
     """Hold shares of a model's neurons, and measure cross-entropy and top-1 accuracy.
 
@@ -87,11 +88,7 @@ def ablate(model: str, output: str | Path | None = None, **options: Any) -> Stud
         if len(missing) < len(trials):
             log.warning("%d of %d trials were measured before.", len(trials) - len(missing), len(trials))
         if missing:
-            dtype = DTYPES[protocol["dtype"]]
-            summaries = summarize(source, sites, data.calibration, dtype)
-            runner = TrialRunner(load_whole(source, dtype), sites, summaries, data.eval_set, protocol["score"])
-            for trial in tqdm(missing, desc="ablate", unit="trial"):
-                file.add(trial, runner.measure(trial))
+            _measure(source, sites, data, protocol, file, missing, len(trials) - len(missing))
         results = dict(file.results)
     curves = build_curves(results, kinds, fills, fractions, seeds)
     study = Study(
@@ -102,8 +99,29 @@ def ablate(model: str, output: str | Path | None = None, **options: Any) -> Stud
         comparisons=list(_comparison_rows(name, curves)),
         curves=curves,
     )
-    _write(study, name, f"prune-peak ablate {quote(str(model))} {spell(given)}")
+    _write(study, name, f"prune-peak ablate {quote(str(model))} {spell_command(given)}")
     return study
+
+
+def _measure(
+    source: Model,
+    sites: Sequence[Site],
+    data: StudyData,
+    protocol: Mapping[str, Any],
+    file: TrialLog,
+    missing: Sequence[Trial],
+    done: int,
+) -> None:
+    """Measure the missing trials, and add each to the file; `done` were measured before."""
+    dtype = DTYPES[protocol["dtype"]]
+    next_stage()
+    summaries = summarize(source, sites, data.calibration, dtype)
+    next_stage()
+    runner = TrialRunner(load_whole(source, dtype), sites, summaries, data.eval_set, protocol["score"])
+    with open_bar("ablate", "trial", done + len(missing), done) as bar:
+        for trial in missing:
+            file.add(trial, runner.measure(trial))
+            bar.update()
 
 
 def _describe_protocol(source: Model, name: str, data: StudyData, options: AblateOptions) -> dict[str, Any]:

@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ..data.data_sets import check_data
 from ..data.images import choose_images
 from ..data.sampling import split_windows
 from ..data.windows import Windows, into_batches, window_length
-from ..errors import PrunePeakError, UsageError
+from ..errors import PrunePeakError, UsageError, spell
 from ..evaluation.quality import build_eval_set, is_evaluable
 from ..models.execution import DTYPES, default_dtype
 from ..models.families import find_blocks
 from ..models.loading import Model, open_model
-from ..option_fields import spell, takes
+from ..option_fields import spell_command, takes
 from ..options import SELF
+from ..progress import next_stage, open_bar, stages
 from ..report import Section, write_report, write_table
 from ..sites.site import Site
 from .curves import is_significant, mean_and_error
@@ -66,6 +67,7 @@ class Analysis:
 
 
 @takes(AnalyzeOptions)
+@stages(3)
 def analyze(model: str, output: str | Path | None = None, **options: Any) -> Analysis:
     """Measure how every neuron of a model is distributed, and write tables, pictures and a report.
 
@@ -91,7 +93,9 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
     name = Path(model).resolve().name
     folder = Path(output or f"{name}-analysis")
     if folder.exists() and not given.force:
-        raise PrunePeakError(f"{folder} exists; pass --force to write into it, or choose another --output.")
+        raise PrunePeakError(
+            f"{folder} exists; pass {spell('force', True)} to write into it, or choose another {spell('output')}."
+        )
     splits = _split(source, given)
     compute = DTYPES[given.dtype or default_dtype(source)]
     protocol = {
@@ -105,6 +109,7 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
         "seed": given.seed,
     }
     turns = 2 if len(splits) > 1 else 1
+    next_stage()
     measured = {text: _measure(source, sites, split.calibration[::turns], compute) for text, split in splits.items()}
     drifts: dict[tuple[str, str], list[Drift]] = {}
     cross: list[dict[str, Any]] = []
@@ -113,11 +118,12 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
             drifts[text, NOISE] = compare(measured[text], _measure(source, sites, split.calibration[1::2], compute))
         drifts |= {(one, other): compare(measured[one], measured[other]) for one, other in combinations(splits, 2)}
         if is_evaluable(source):
+            next_stage()
             cross = list(_cross_rows(_cross(source, sites, splits, compute, given.seed)))
     rows = [{"text": text} | row for text, found in measured.items() for each in found for row in describe(each)]
     stability = [row for (one, other), each in drifts.items() for row in _drift_rows(one, other, each)]
     analysis = Analysis(folder, protocol, rows, stability, cross)
-    command = f"prune-peak analyze {quote(str(model))} {spell(given)}"
+    command = f"prune-peak analyze {quote(str(model))} {spell_command(given)}"
     _write(analysis, measured[next(iter(splits))], drifts, chosen, command)
     return analysis
 
@@ -125,26 +131,29 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
 def _split(source: Model, options: AnalyzeOptions) -> dict[str, Windows]:
     """The windows of every data set, by its name; with several, enough to measure each of them twice."""
     if SELF in options.data and not source.meta_model.can_generate():
-        raise PrunePeakError(f"{source.name} generates no text; pass a text or a folder of images with --data.")
+        raise PrunePeakError(
+            f"{source.name} generates no text; pass a text or a folder of images with {spell('data')}."
+        )
+    check_data(options.data, source.sees_images, options.reading)
     turns = 2 if len(options.data) > 1 else 1
     names: dict[str, str] = {}
     for data in options.data:
         label = "the model's own text" if data == SELF else Path(data).name
         if label in names:
-            raise UsageError(f"--data: two data sets are named {label}; expected different names.")
+            raise UsageError(f"{spell('data')}: two data sets are named {label}; expected different names.")
         names[label] = data
     splits: dict[str, Windows] = {}
     for label, data in sorted(names.items(), key=lambda item: item[1] == SELF):  # reading fails sooner
         samples = turns * options.samples
         if source.sees_images:
-            splits[label] = choose_images(data, source, samples, options.seed)
+            splits[label] = choose_images(data, source, samples, options.seed, options.reading)
         else:
             length = window_length(source, options.sequence_length)
-            splits[label] = split_windows(source, data, samples, options.windows, length, options.seed)
+            splits[label] = split_windows(source, data, samples, options.windows, length, options.seed, options.reading)
         if len(splits[label].calibration) < turns:
             raise PrunePeakError(
                 f"{label} is too short: with several data sets each is measured twice. Pass a longer one, or a smaller "
-                "--sequence-length."
+                f"{spell('sequence_length')}."
             )
     return {label: splits[label] for label in names}
 
@@ -159,7 +168,8 @@ def _find_neuron(sites: Sequence[Site], wanted: str) -> Neuron:
     except (ValueError, StopIteration):
         blocks, neurons = sites[-1].block, ", ".join(f"{site.neurons} {site.label}" for site in sites[:2])
         raise UsageError(
-            f"--neuron {wanted}: expected KIND:BLOCK:NEURON, such as mlp:0:17, of blocks 0 to {blocks} with {neurons} "
+            f"{spell('neuron', wanted)}: expected KIND:BLOCK:NEURON, such as mlp:0:17, of blocks 0 to {blocks} with "
+            f"{neurons} "
             "neurons each."
         ) from None
     return Neuron(site, int(index), "chosen")
@@ -192,7 +202,7 @@ def _cross(
     first, seeds = next(iter(splits)), range(seed, seed + CROSS_SEEDS)
     changes: Changes = {}
     total = len(splits) * len(kinds) * CROSS_SEEDS * (1 + len(splits) * len(MEASURED_FILLS))
-    with tqdm(total=total, desc="cross") as bar:
+    with open_bar("cross", "trial", total) as bar:
         for evaluated, split in splits.items():
             eval_set = build_eval_set(source, split.held_out, evaluated)
             baseline = TrialRunner(model, sites, {}, eval_set).measure(BASELINE)

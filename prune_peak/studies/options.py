@@ -14,6 +14,7 @@ from ..options import (
     SELF,
     CalibrationOptions,
     ComputeOptions,
+    DataOptions,
     SeedOptions,
 )
 
@@ -58,7 +59,7 @@ class AblateOptions(CalibrationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeOptions(ComputeOptions, SeedOptions):
+class AnalyzeOptions(ComputeOptions, SeedOptions, DataOptions):
     """The options of `analyze`."""
 
     output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="./<name>-analysis")

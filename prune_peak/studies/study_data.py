@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..data.data_sets import check_data
 from ..data.images import choose_images
 from ..data.sampling import split_windows
 from ..data.windows import window_length
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..evaluation.quality import EvalSet, build_eval_set, build_given_eval_set, is_evaluable
 from ..models.loading import IMAGES, Model
 from ..options import SELF
@@ -42,10 +43,11 @@ def load_study_data(model: Model, options: AblateOptions) -> StudyData:
         PrunePeakError: too little data, or a model that cannot be evaluated on it.
     """
     windows = options.windows or options.samples
+    check_data([*options.calibration, *(options.data or ())], model.sees_images, options.reading)
     if model.sees_images:
         if options.data is None:
-            raise PrunePeakError(f"{model.name} takes images: pass a folder of labelled images with --data.")
-        return _load_images(model, options.calibration, options.data, options.samples, windows, options.seed)
+            raise PrunePeakError(f"{model.name} takes images: pass a folder of labelled images with {spell('data')}.")
+        return _load_images(model, options, options.data, windows)
     if not is_evaluable(model):
         raise PrunePeakError(
             f"{model.name} is a {model.model_class.__name__}, which predicts nothing that can be scored."
@@ -56,7 +58,7 @@ def load_study_data(model: Model, options: AblateOptions) -> StudyData:
     share = (-(-options.samples // most), -(-windows // most))  # the same for both, so that a text is split once
 
     def split(names: Sequence[str]) -> tuple[str, Tensor, Tensor]:
-        parts = [split_windows(model, name, *share, length, options.seed) for name in names]
+        parts = [split_windows(model, name, *share, length, options.seed, options.reading) for name in names]
         measured, scored = (torch.cat([getattr(part, kind) for part in parts]) for kind in ("calibration", "held_out"))
         return " and ".join(part.source for part in parts), measured[: options.samples], scored[:windows]
 
@@ -66,18 +68,17 @@ def load_study_data(model: Model, options: AblateOptions) -> StudyData:
     return StudyData(name, calibration, build_eval_set(model, held_out, evaluated))
 
 
-def _load_images(
-    model: Model, calibration: Sequence[str], folders: Sequence[str], samples: int, windows: int, seed: int
-) -> StudyData:
+def _load_images(model: Model, options: AblateOptions, folders: Sequence[str], windows: int) -> StudyData:
     """Without calibration data, images of the labelled folders that are not evaluated calibrate."""
+    samples, seed = options.samples, options.seed
     eval_set = build_given_eval_set(model, folders, 0)
     pixels, targets = torch.cat([batch[IMAGES] for batch in eval_set.batches]), torch.cat(list(eval_set.targets))
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    if tuple(calibration) == (SELF,):
+    if options.calibration == (SELF,):
         samples = min(samples, len(pixels) // 2)
         name, measured, order = eval_set.text, pixels[order[:samples].sort().values], order[samples:]
     else:
-        chosen = [choose_images(data, model, samples, seed) for data in calibration]
+        chosen = [choose_images(data, model, samples, seed, options.reading) for data in options.calibration]
         name = " and ".join(part.source for part in chosen)
         measured = torch.cat([part.calibration for part in chosen])[:samples]
         known = {_digest([image]) for image in measured}

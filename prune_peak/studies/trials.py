@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ..errors import PrunePeakError
+from ..errors import PrunePeakError, spell
 from ..evaluation.quality import WindowScores
 from ..io.untrusted import check_file, parse_json
 
@@ -53,8 +53,9 @@ class TrialLog:
                 self._read(path, found[1:])
             elif not force:
                 raise PrunePeakError(
-                    f"{path} belongs to another study ({_difference(found, fingerprint)}). Choose another --output, or "
-                    "pass --force to start over."
+                    f"{path} belongs to another study ({_difference(found, fingerprint)}). Choose another "
+                    f"{spell('output')}, or "
+                    f"pass {spell('force', True)} to start over."
                 )
         # A killed run may have left half a line
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,9 @@ class TrialLog:
                 losses, hits = (torch.tensor(entry.pop(name), dtype=torch.float64) for name in ("losses", "hits"))
                 self.results[Trial(**entry)] = WindowScores(losses, hits)
             except (ValueError, KeyError, TypeError):
-                raise PrunePeakError(f"{path} is not a trial log: {line[:60]!r}. Pass --force to replace it.") from None
+                raise PrunePeakError(
+                    f"{path} is not a trial log: {line[:60]!r}. Pass {spell('force', True)} to replace it."
+                ) from None
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -91,7 +94,7 @@ def _whole_lines(path: Path) -> list[str]:
         check_file(path)
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise PrunePeakError(f"{path} is not a trial log ({error}). Choose another --output.") from None
+        raise PrunePeakError(f"{path} is not a trial log ({error}). Choose another {spell('output')}.") from None
     return [line for line in lines if line.endswith("\n")]
 
 
