@@ -36,13 +36,15 @@ def printed() -> str:
     for name in ("neurons", "parameters", "bytes"):
         before, after = run[name]
         cells = (f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
-        rows.append(("mlp neurons" if name == "neurons" else name, *cells))
+        rows.append(("MLP neurons" if name == "neurons" else name, *cells))
     before, after = run["perplexity"]
     rows.append(("perplexity", f"{before:.2f}", f"{after:.2f}", f"x{after / before:.3f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
                for row in rows]  # fmt: skip
-    return "\n".join(["```", *aligned, "", "Verified. Written to SmolLM2-peak-0.3.", "```"])
+    neurons, parameters = (1 - after / before for before, after in (run["neurons"], run["parameters"]))
+    told = f"Pruned: {neurons:.1%} of the MLP neurons (asked 30%: multiples of 32) = {parameters:.1%} of the model."
+    return "\n".join(["```", *aligned, told, "", "Verified. Written to SmolLM2-peak-0.3.", "```"])
 
 
 def expected() -> str:
