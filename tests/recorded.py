@@ -286,7 +286,24 @@ def describe_type(name: str, row: dict[str, Any]) -> str:
     heads = f"{describe_constants(attention)}, {attention['difference']:.0e}" if attention.get("passed") else "no"
     keys = ", ".join(f"`{key}`" for key in row["keys"])
     run = "one by one" if row["streamed"] else "whole"
-    return f"| {name} | {keys} | {describe_constants(row)} | {row['difference']:.0e} | {heads} | {run} |"
+    width = row if row["kind"] == "expert-mlp" else row.get("expert-mlp", {})
+    experts = ", ".join(
+        words for words, found in (("narrower", width), ("fewer", row.get("experts", {}))) if found.get("passed")
+    )
+    cells = [name, keys, describe_constants(row), f"{row['difference']:.0e}", heads, experts or "no", run]
+    return f"| {' | '.join(cells)} |"
+
+
+def describe_experts() -> str:
+    """What removed and narrower experts cost, by the way to choose them; a column for every seed."""
+    runs = load("experts")["runs"]
+    rows = [
+        [f"{100 * row['ratio']:.0f} % of the {UNITS[row['kind']]}", row["way"]]
+        + [f"{each['increase']:.3f}" for each in alike]
+        for alike in sorted(zip(*runs, strict=True), key=lambda alike: (alike[0]["kind"], alike[0]["ratio"]))
+        for row in alike[:1]
+    ]
+    return make_table(["pruned", "chosen by", *(f"seed {seed}" for seed in range(len(runs)))], rows)
 
 
 def count_types(types: dict[str, Any], head: str) -> str:
@@ -308,8 +325,8 @@ def describe_types() -> str:
         [
             f"transformers {recorded['transformers']}: {', '.join(counts)}. None gave a wrong result.",
             "",
-            "| type | config keys of the MLPs | constants go to | law | heads: constants, law | blocks run |",
-            "|---|---|---|---|---|---|",
+            "| type | config keys of the MLPs | constants go to | law | heads: constants, law | experts | blocks run |",
+            "|---|---|---|---|---|---|---|",
             *(describe_type(name, row) for name, row in sorted(passed.items())),
             "",
             "The others are refused:",
@@ -323,6 +340,11 @@ def shorten(reason: str) -> str:
     """One line without what Markdown would read."""
     text = " ".join(reason.split()).replace("|", "/").replace("<", "").replace("*", "")
     return text if len(text) <= REASON else text[:REASON].rsplit(" ", 1)[0] + " ..."
+
+
+# --- docs/experts.md
+
+UNITS = {"experts": "experts", "expert-mlp": "neurons of every expert"}
 
 
 # --- docs/study.md
@@ -435,6 +457,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "curve": describe_curve,
     },
     "docs/healing.md": {"runs": describe_runs},
+    "docs/experts.md": {"experts": describe_experts},
     **{f"docs/{name}.md": {} for name in ("guide", "choose", "chat", "evaluate", "serve", "faq", "how-it-works")},
     "docs/models.md": {"types": describe_types},
     "docs/study.md": {
