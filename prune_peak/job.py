@@ -17,7 +17,7 @@ from .export.folder import check_side_files
 from .export.recipe import VERSIONS
 from .export.tokenizer import check_tokenizer
 from .memory import Workload, estimate_workload, plan_execution
-from .models.execution import ExecutionConfig
+from .models.execution import ExecutionConfig, find_device
 from .models.forward import check_forward
 from .models.loading import Model, ModelSpec, open_model
 from .options import AUTO, Budget, CompressOptions
@@ -83,10 +83,12 @@ def prepare(model: str, options: CompressOptions) -> Job:
         UsageError: options that contradict each other or the model.
         PrunePeakError: a model, statistics, data or a memory budget that cannot be used.
     """
+    find_device(options.device)  # raises
     with phase("open the model"):
         source = open_model(model, options.revision)
         check_forward(source)
         sites, allocations = plan_widths(source, options, options.output_class)
+        conversion = convert(source, sites, allocations[0], options.output_class)
     statistics = None
     if options.stats is not None:
         statistics = load_statistics(Path(options.stats), source, sites)
@@ -105,7 +107,6 @@ def prepare(model: str, options: CompressOptions) -> Job:
     if source.folder.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{spell('output', folder)} contains the model itself; choose another.")
     execution = plan_execution(source, workload, options.max_memory, options.device)
-    conversion = convert(source, sites, allocations[0], options.output_class)
     check_tokenizer(source, conversion)
     check_side_files(source.folder)
     if conversion.zero_filled:

@@ -204,6 +204,7 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
     Raises:
         UsageError, PrunePeakError: as `heal`.
     """
+    device = find_device(options.device)
     recipe = read_recipe(folder)
     if "healing" in recipe:
         raise UsageError(
@@ -221,7 +222,6 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
     output = Path(options.output or f"{folder.resolve().parent / folder.resolve().name}-healed")
     if folder.resolve().is_relative_to(output.resolve()) or original.folder.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"{spell('output', output)} contains the model itself; choose another.")
-    device = find_device(options.device)
     budget = options.max_memory or int(MACHINE_SHARE * physical_memory())
     length = window_length(original, recipe["options"]["sequence_length"])
     needs = {

@@ -98,6 +98,7 @@ IMAGES = str(EXAMPLES / "digits" / "calibration")
         ("self", False, {"dataset_split": "test"}, "dataset_split is for a Hub data set, and self is none"),
         ("text.txt", False, {"text_column": "a"}, "text_column is for data with columns, and text.txt has none"),
         (IMAGES, True, {"text_column": "a"}, "text_column is for data with columns"),
+        (IMAGES, True, {"dataset_split": "test"}, "dataset_split is for a Hub data set"),
     ],
 )
 def test_data_of_another_kind(

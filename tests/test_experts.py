@@ -159,8 +159,8 @@ def test_reap_is_the_mean_over_the_tokens_that_an_expert_serves() -> None:
     ("options", "message"),
     [
         ({"ratio": 0.9, "sites": ("experts",)}, "a token is given 2 of them"),
-        ({"ratio": 0.3, "sites": ("mlp",)}, "every MLP of this qwen3_moe is an expert.*--sites expert-mlp"),
-        ({"ratio": 0.3, "sites": ("experts",), "keep_shape": True}, "--keep-shape cannot fold experts"),
+        ({"ratio": 0.3, "sites": ("mlp",)}, "every MLP of this qwen3_moe is an expert.*sites='expert-mlp'"),
+        ({"ratio": 0.3, "sites": ("experts",), "keep_shape": True}, "keep_shape=True cannot fold experts"),
         ({"target_params": 0.7, "sites": ("experts", "expert-mlp")}, "experts as one kind alone"),
         ({"ratio": 0.3, "sites": ("expert-mlp",), "score": "reap"}, "ranks whole experts"),
     ],

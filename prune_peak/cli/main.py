@@ -49,8 +49,9 @@ class Group(click.Group):
                 return self._invoke_together(context)
             return super().invoke(context)
         except UsageError as error:
-            name = context.invoked_subcommand or ""
-            raise click.UsageError(str(error), click.Context(self.commands[name], context, name)) from None
+            name = context.invoked_subcommand
+            of_command = click.Context(self.commands[name], context, name) if name else context
+            raise click.UsageError(str(error), of_command) from None
         except PrunePeakError as error:
             raise click.ClickException(str(error)) from None
         except click.ClickException as error:

@@ -36,11 +36,11 @@ def check_data(data: Sequence[str], takes_images: bool, reading: DataOptions = F
     names = [name for name in data if name != SELF]
     for name in names:
         _check_one(name, takes_images)
-    if (reading.dataset_config or reading.dataset_split) and not any(map(is_data_set, names)):
+    sets = [name for name in names if is_data_set(name) and not (takes_images and os.path.isdir(name))]
+    if (reading.dataset_config or reading.dataset_split) and not sets:
         option = "dataset_config" if reading.dataset_config else "dataset_split"
         raise UsageError(f"{spell(option)} is for a Hub data set, and {_all(data)} is none. Remove it.")
-    has_columns = not takes_images and any(is_data_set(name) or _is_table(name) for name in names)
-    if reading.text_column and not has_columns:
+    if reading.text_column and (takes_images or not (sets or any(map(_is_table, names)))):
         raise UsageError(f"{spell('text_column')} is for data with columns, and {_all(data)} has none. Remove it.")
 
 
@@ -102,8 +102,6 @@ def read_rows(name: str, reading: DataOptions, extra: str, order: int | None = N
         split = reading.dataset_split or "train"
         rows = datasets.load_dataset(name, reading.dataset_config, split=split, streaming=True)
         yield from rows if order is None else rows.shuffle(seed=order, buffer_size=buffer)
-    except PrunePeakError:
-        raise
     except Exception as error:  # datasets, pyarrow and the Hub raise their own kinds
         raise PrunePeakError(
             f"{name} is neither a file nor a data set that can be read ({brief(error)}). Check the name, "

@@ -12,7 +12,7 @@ from ..data.sampling import sample_windows
 from ..data.windows import Windows, name_data
 from ..errors import PrunePeakError, UsageError, spell
 from ..memory import estimate_workload, plan_execution
-from ..models.execution import DTYPES, ExecutionConfig, default_dtype
+from ..models.execution import DTYPES, ExecutionConfig, default_dtype, find_device
 from ..models.loading import Model, open_model
 from ..option_fields import takes
 from ..options import NEURON, CalibrateOptions, CalibrationOptions
@@ -47,6 +47,7 @@ def calibrate(model: str, output: str | Path, **options: Any) -> Statistics:
         raise PrunePeakError(
             f"{path} exists; pass {spell('force', True)} to replace it, or choose another {spell('output')}."
         )
+    find_device(given.device)  # raises
     source = open_model(model, given.revision)
     check_data(given.calibration, source.sees_images, given.reading)
     kinds, attention = prunable_kinds(source.meta_model, source.family), source.family.attention
