@@ -14,7 +14,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 import prune_peak
 from prune_peak.errors import PrunePeakError
 from prune_peak.models.discovery import discover_family
-from prune_peak.models.loading import open_model
+from prune_peak.models.families import FAMILIES
+from prune_peak.models.forward import check_forward
+from prune_peak.models.loading import ModelSpec, open_model
 from prune_peak.models.miniature import build_miniature
 from prune_peak.probes import Whole, probe_batches
 from prune_peak.stats.calibration import calibrate
@@ -111,6 +113,14 @@ def test_a_class_that_does_not_run_is_refused_early(
     monkeypatch.setattr("prune_peak.job.plan_widths", lambda *_: pytest.fail("work has started"))
     with pytest.raises(PrunePeakError, match=reason):
         prune_peak.compress(save(name, tmp_path / "model", **settings), 0.3, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", ["Afmoe", "Funnel"])
+def test_a_kernel_that_does_not_run_without_weights_is_no_reason(kind: str, tmp_path: Path) -> None:
+    """Those of experts want other types on meta."""
+    model_class = getattr(transformers, f"{kind}For{'MaskedLM' if kind == 'Funnel' else 'CausalLM'}")
+    model, _ = build_miniature(model_class, getattr(transformers, f"{kind}Config")())
+    check_forward(ModelSpec("x", None, tmp_path, FAMILIES["bert"], model.config, model_class))
 
 
 def test_an_error_of_a_class_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ def save_minilm(folder: Path) -> Path:
     for name, settings in SETTINGS.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(settings))
+    (folder / "2_Normalize").mkdir()
     lay(folder, "train_script.py", "data_config.json", "onnx/model.onnx")
     return folder
 
@@ -110,6 +111,7 @@ def test_sentence_transformers_keep_their_modules(tmp_path: Path, text: Path) ->
         assert json.loads((cut / name).read_text()) == settings
     assert (cut / "2_Normalize").is_dir()  # which has no file, and which the loader looks for
     assert not {"train_script.py", "data_config.json", "onnx/model.onnx"} & files(cut)
+    assert find_left_behind(source) == ["data_config.json", "onnx/", "train_script.py"]
 
 
 @pytest.mark.real

@@ -52,7 +52,7 @@ def is_terms(name: str) -> bool:
 
 def find_left_behind(folder: Path) -> list[str]:
     """What else lies in the folder of a checkpoint: files that are not copied, and folders with a slash."""
-    copied = {name.partition("/")[0] for name in find_side_files(folder)}
+    copied = {name.partition("/")[0] for name in find_side_files(folder)} | set(find_modules(folder))
     others = [path for path in sorted(folder.iterdir()) if path.name not in copied]
     return [
         f"{path.name}/" if path.is_dir() else path.name
