@@ -3,6 +3,7 @@
 Writes the checkpoint (14.5 GB in bfloat16, tensor by tensor), measures what any tool would have to do (read it once,
 run the tokens through it block by block, write the result once, read it back), compresses it in a process of its own,
 and deletes it all. Files leave the page cache before each measurement. With `--layers 2`: fewer blocks, same shapes.
+With `--sites experts` or `--sites expert-mlp`: a random Qwen3-MoE of 3 billion parameters, 48 experts a block.
 """
 
 import argparse
@@ -17,7 +18,14 @@ from typing import Any
 
 import torch
 from random_llama import write_random_llama
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import prune_peak
 from prune_peak.cli.parameters import Bytes
@@ -27,6 +35,16 @@ from prune_peak.models.execution import default_dtype
 from prune_peak.models.loading import open_model
 from prune_peak.models.streaming import BlockStream
 
+MIXTURE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_experts": 48,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
 CHUNK = 64 * 2**20  # bytes
 
 
@@ -85,7 +103,8 @@ def run_compress(words: dict[str, Any], answers: "multiprocessing.Queue[tuple[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", required=True, help="a text")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, help="32; 12 of the mixture")
+    parser.add_argument("--sites", default="mlp")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--ratio", type=float, default=0.3)
@@ -94,10 +113,15 @@ def main() -> None:
     parser.add_argument("--scratch", help="where to write; the system's folder for temporary files if left out")
     options = parser.parse_args()
 
-    config = MistralConfig(num_hidden_layers=options.layers, architectures=["MistralForCausalLM"], dtype="bfloat16")
+    if options.sites == "mlp":
+        model_class: type[PreTrainedModel] = MistralForCausalLM
+        config: PreTrainedConfig = MistralConfig(num_hidden_layers=options.layers or 32)
+    else:
+        model_class, config = Qwen3MoeForCausalLM, Qwen3MoeConfig(num_hidden_layers=options.layers or 12, **MIXTURE)
+    config.architectures, config.dtype = [model_class.__name__], torch.bfloat16
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         source, output = Path(scratch, "source"), Path(scratch, "output")
-        write_random_llama(source, MistralForCausalLM, config)
+        write_random_llama(source, model_class, config)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         forget(source)
         read = timed(lambda: read_once(source))
@@ -106,6 +130,7 @@ def main() -> None:
         words = {
             "model": str(source),
             "ratio": options.ratio,
+            "sites": (options.sites,),
             "output": str(output),
             "calibration": options.calibration,
             "samples": options.samples,
@@ -127,7 +152,8 @@ def main() -> None:
         forget(output)
         back = timed(lambda: read_once(output))
     print(json.dumps({
-        "blocks": options.layers,
+        "sites": options.sites,
+        "blocks": config.num_hidden_layers,
         "bytes": size,
         "bytes after": result,
         "tokens": options.samples * options.sequence_length,

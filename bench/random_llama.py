@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 from prune_peak.export.folder import write_config
 from prune_peak.io.writer import Writer
 from prune_peak.models.config_checks import build_meta_model
+from prune_peak.models.weight_names import split_merged
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama-mini"
 LARGE = LlamaConfig(
@@ -30,7 +31,8 @@ LARGE = LlamaConfig(
 def write_random_llama(
     folder: Path, model_class: type[PreTrainedModel] = LlamaForCausalLM, config: PreTrainedConfig = LARGE
 ) -> None:
-    state = build_meta_model(model_class, config).state_dict()
+    model = build_meta_model(model_class, config)
+    state = split_merged(model, model.state_dict())  # as published checkpoints have them, expert by expert
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     with Writer(folder, {name: (tuple(empty.shape), config.dtype) for name, empty in state.items()}) as writer:
