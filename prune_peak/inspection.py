@@ -257,7 +257,7 @@ def _time_block(job: Job) -> tuple[float, float]:
         windows = calibration.windows.calibration
     else:
         count = 2 * max(1, execution.batch_tokens // workload.length)
-        windows = torch.randint(source.config.vocab_size, (count, workload.length))
+        windows = torch.randint(source.vocabulary, (count, workload.length))
     batches = into_batches(windows, execution.batch_tokens)[:2]
     stream = open_stream(source, batches, workload.dtype, execution)
     steps = stream.steps()  # named, because its weights leave memory with it

@@ -69,7 +69,7 @@ def plan_execution(
                 f"memory; the budget is {gigabytes(budget)}. Pass {spell('calibration', 'FILE')} or "
                 f"{_enough(other)}."
             )
-    verifying = BASE_MEMORY + 4 * source.parameters + 12 * PROBED_TOKENS * getattr(source.config, "vocab_size", 0)
+    verifying = BASE_MEMORY + 4 * source.parameters + 12 * PROBED_TOKENS * source.vocabulary
     whole_size = WHOLE_SIZE if verifying <= budget else 0
     talking = BASE_MEMORY + 8 * source.parameters
     talks = source.size <= whole_size and source.meta_model.can_generate() and talking <= budget
@@ -115,7 +115,7 @@ def _advice(source: Model, workload: Workload, budget: int) -> str:
 
 def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_states_on_disk: bool) -> int:
     """Estimated peak of resident bytes."""
-    config, width = source.config, workload.dtype.itemsize
+    width = workload.dtype.itemsize
     hidden, neurons = (max(getattr(site, size) for site in workload.sites) for size in ("hidden", "neurons"))
     whole = not source.family.streamable
     stored = source.dtype.itemsize
@@ -139,7 +139,7 @@ def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_
     elif workload.refit:
         accumulator = at_once * 8 * neurons**2
         solving = 32 * neurons**2
-    vocabulary = int(getattr(config, "vocab_size", 0))
+    vocabulary = source.vocabulary
     held = states + measured + accumulator
     phases: tuple[int, ...] = (
         weights + block * stored,  # while weights are read
@@ -171,7 +171,7 @@ def estimate_healing(original: Model, model: Model, tokens: int, method: str) ->
     config = model.config
     trained = model.parameters if method == FULL else 0  # adapters are a few per cent
     states = 4 * (original.parameters + model.parameters + 3 * trained)  # gradient and two moments, in float32
-    logits = 4 * LOGITS_COPIES * tokens * int(config.vocab_size)
+    logits = 4 * LOGITS_COPIES * tokens * model.vocabulary
     width = getattr(config, "intermediate_size", 0)
     kept = HIDDEN_COPIES * _hidden_size(model) + MLP_COPIES * (width if isinstance(width, int) else 0)
     return BASE_MEMORY + states + logits + 4 * tokens * len(find_blocks(model.meta_model, model.family)) * kept

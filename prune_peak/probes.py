@@ -65,8 +65,8 @@ def probe_batches(model: Model, probes: int) -> list[Batch]:
         return [{IMAGES: torch.randn(probes, vision.num_channels, height, width, generator=generator)}]
     longest = model.positions or 128
     length = min(96, max(longest // 2, longest - DECODED))
-    full = torch.randint(config.vocab_size, (probes, length), generator=generator)
-    padded = torch.randint(config.vocab_size, (probes, length // 2), generator=generator)
+    full = torch.randint(model.vocabulary, (probes, length), generator=generator)
+    padded = torch.randint(model.vocabulary, (probes, length // 2), generator=generator)
     mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
     batches: list[Batch] = [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
     if takes_choices(model.model_class):

@@ -336,7 +336,7 @@ CONFIG = {
     "encoder-decoder": (config(model_type="t5", is_encoder_decoder=True), "an encoder-decoder"),
     "experts": (
         config(model_type="mixtral", num_local_experts=8, architectures=["MixtralForCausalLM"]),
-        "experts, or a convolution",
+        "are not part of MixtralForCausalLM",
     ),
     "blocks of another name": (
         config(model_type="bart", architectures=["BartForCausalLM"], decoder_layers=10**7),
@@ -346,7 +346,7 @@ CONFIG = {
         config(model_type="data2vec-vision", architectures=["Data2VecVisionModel"], image_size=10**6),
         "no small Data2VecVisionModel runs",
     ),
-    "multimodal": (config(model_type="llava", text_config={}), "a multimodal wrapper"),
+    "multimodal": (config(model_type="llava", text_config={}), "expected a stock llava class"),
     "quantized": (config(quantization_config={"quant_method": "gptq"}), "a quantized checkpoint"),
     "custom code": (
         all_of(config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}), put("model/mine.py", CODE)),
@@ -954,7 +954,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
     "share of parameters 2": ((*BARE, "--target-params", "2"), "expected a share", 2),
     "share of parameters NaN": ((*BARE, "--target-params", "nan"), "expected a share", 2),
     "sites unknown": ((*BARE, "--ratio", "0.3", "--sites", "evil"), "evil", 2),
-    "no sites": ((*BARE, "--ratio", "0.3", "--sites", ""), "expected mlp, attention", 2),
+    "no sites": ((*BARE, "--ratio", "0.3", "--sites", ""), "expected mlp, experts, expert-mlp, attention", 2),
     "samples 0": ((*BARE, "--ratio", "0.3", "--samples", "0"), "expected at least 1", 2),
     "window of 1": ((*BARE, "--ratio", "0.3", "--sequence-length", "1"), "expected at least 2", 2),
     "window of -5": ((*BARE, "--ratio", "0.3", "--sequence-length", "-5"), "expected at least 2", 2),

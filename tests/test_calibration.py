@@ -19,7 +19,7 @@ from prune_peak.data.windows import into_batches
 from prune_peak.errors import PrunePeakError
 from prune_peak.io.tensor_files import TensorFile, stream_tensors
 from prune_peak.models.loading import open_model
-from prune_peak.options import ELIMINATION, RANDOM, SCORES
+from prune_peak.options import ELIMINATION, FREQUENCY, RANDOM, REAP, SCORES
 from prune_peak.pruning.site_pruning import select
 from prune_peak.sites.finding import find_sites
 from prune_peak.stats.calibration import calibrate
@@ -265,7 +265,7 @@ def test_scores_keep_different_neurons(tmp_path: Path, text: Path) -> None:
         kept: list[int] = select(site, summary, weight, 272, "mean", score, seed).keep.tolist()
         return kept
 
-    keeps = {score: keep(score) for score in SCORES if score != ELIMINATION}
+    keeps = {score: keep(score) for score in SCORES if score not in (ELIMINATION, REAP, FREQUENCY)}
     assert all((keep(score, seed=1) == kept) == (score != RANDOM) for score, kept in keeps.items())
     assert keeps["deviation"] == keeps["variance"]  # about the mean they are the same
     assert len({tuple(kept) for kept in keeps.values()}) == len(keeps) - 1

@@ -97,7 +97,7 @@ def test_the_numbers_are_those_of_the_recipe(folder: Path, card: ModelCard) -> N
     assert f"Perplexity on my notes.txt: {first['windows']} non-overlapping windows of 32 tokens" in card.text
     saved = 1 - after["parameters"] / before["parameters"]
     asked = "(asked 30%: multiples of 8)"
-    assert f"50.0% of the attention neurons and 29.2% of the MLP neurons {asked} of `llama-mini`" in card.text
+    assert f"50.0% of the attention neurons and 29.2% of the MLP neurons {asked} of `my llama`" in card.text
     assert f"were pruned ({saved:.1%} of its parameters)" in card.text
     for site in recipe["sites"].values():
         assert 0 < site["lost"] < 0.99

@@ -278,7 +278,7 @@ BAD = {
     "ratio 1.5": (["--ratio", "1.5"], 2, "between 0 and 1"),
     "ratio 30": (["--ratio", "30"], 2, "Did you mean 0.3?"),
     "ratio of words": (["--ratio", "much"], 2, "expected a number, or mlp=NUMBER"),
-    "ratio of another site": (["--ratio", "embedding=0.3"], 2, "expected mlp, attention"),
+    "ratio of another site": (["--ratio", "embedding=0.3"], 2, "expected mlp, experts, expert-mlp, attention"),
     "attention that cannot be narrower": (["--ratio", "attention=0.3"], 1, "no stock class supports fewer heads"),
     "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
     "no sample": (["--samples", "0"], 2, "expected at least 1"),
@@ -466,11 +466,11 @@ def test_models_without_a_language_head(name: str, head: str, tmp_path: Path, te
     [
         ("cohere", "auto", "CohereForCausalLM", ""),
         ("falcon-40b", "auto", "PhiForCausalLM", ""),
-        ("gemma", "auto", "GemmaForCausalLM", "mlp"),  # in float32 Granite (`test_conversion.py`)
-        ("gemma2", "auto", "Gemma2ForCausalLM", "mlp"),
+        ("gemma", "auto", "GemmaForCausalLM", "MLP neurons"),  # in float32 Granite (`test_conversion.py`)
+        ("gemma2", "auto", "Gemma2ForCausalLM", "MLP neurons"),
         ("gpt-neox-parallel", "auto", "PhiForCausalLM", ""),
         ("gptj", "auto", "PhiForCausalLM", ""),
-        ("phi3", "own", "Phi3ForCausalLM", "attention and mlp"),
+        ("phi3", "own", "Phi3ForCausalLM", "attention neurons and MLP neurons"),
     ],
 )
 def test_output_classes_verify_in_bfloat16(
@@ -495,7 +495,7 @@ def test_output_classes_verify_in_bfloat16(
     result = compress(source, tmp_path / "cut", text, *words)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["architectures"] == [written_as]
-    assert (f"Held at zero: the pruned {zero} neurons" if zero else "Verified.") in result.stdout
+    assert (f"Held at zero: the pruned {zero}" if zero else "Verified.") in result.stdout
     assert ("Held at zero" in result.stdout) == bool(zero)
     checks = json.loads((tmp_path / "cut" / "prune_peak.json").read_text())["verification"]
     assert any("cached decoding" in check["check"] for check in checks)

@@ -73,9 +73,7 @@ def test_the_class_tells_what_the_table_says(model_type: str) -> None:
     asked = Asked(getattr(transformers, f"{tiny.family}{tiny.head}"), tiny.configure())
     row = FAMILIES[model_type]
     if model_type in POOLED:
-        with pytest.raises(PrunePeakError, match="outside the blocks"):
-            discover_mlps(asked)
-        return
+        assert discover_mlps(asked)[-1] == row.pooler
     blocks, [mlp], *_ = discover_mlps(asked)
     assert blocks == row.blocks
     found = (mlp.input_projections, mlp.output_projection, mlp.width_key)
@@ -323,7 +321,7 @@ def test_mixers_are_left_whole(name: str, tmp_path: Path) -> None:
     assert inspection.unprunable[f"left whole: {part}"] == words
     sites = {site.kind: site for site in inspection.sites}
     assert sites["mlp"].kept < sites["mlp"].neurons
-    assert sites["mlp"].blocks == inspection.blocks
+    assert sites["mlp"].blocks == (1 if name == "DeepseekV3" else inspection.blocks)  # the other has experts
     if name == "Qwen3_5":
         assert sites["attention"].blocks == 1
         shown = CliRunner().invoke(main, ["inspect", str(tmp_path), "--ratio", "0.5"]).stdout

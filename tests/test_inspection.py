@@ -135,7 +135,7 @@ def test_inspect_table() -> None:
         "LlamaForCausalLM",
         "bias of mlp.down_proj",
         "vLLM",
-        "192 of 384 mlp",
+        "192 of 384 MLP neurons",
         "128 of 128 attention",
     ):
         assert words in result.stdout

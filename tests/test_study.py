@@ -27,7 +27,7 @@ from prune_peak.evaluation.quality import (
 from prune_peak.export.recipe import read_plan
 from prune_peak.models.loading import IMAGES, open_model
 from prune_peak.options import FILLS, SELF
-from prune_peak.sites.finding import find_sites, labels
+from prune_peak.sites.finding import find_sites
 from prune_peak.sites.hooks import ablated, draw_others, resampled
 from prune_peak.sites.plan import SitePlan
 from prune_peak.studies.ablation import Study, ablate, conclude
@@ -55,6 +55,7 @@ def check_equal(ours: WindowScores, theirs: WindowScores) -> None:
     assert torch.equal(ours.hits, theirs.hits)
 
 
+KINDS = ("mlp", "attention")
 FEW = [BY_NAME[name] for name in ("gpt2", "llama-biased", "opt", "bert")]
 
 
@@ -78,7 +79,7 @@ def test_resampling_from_its_own_token_changes_nothing(tiny: Tiny, tmp_path: Pat
         assert (runner.evaluate().losses - baseline.losses).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", labels())
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tiny", FEW, ids=lambda tiny: tiny.name)
 def test_zero_at_fraction_one_is_a_weight_of_zero(tiny: Tiny, kind: str, tmp_path: Path) -> None:
     runner = bench_of(tiny, tmp_path)
@@ -117,7 +118,7 @@ def test_an_ablation_at_the_plan_of_an_export_equals_that_export(text: Path, tmp
     options: dict[str, Any] = {"calibration": str(text), "samples": 4, "sequence_length": 48}
     compress(LLAMA, {"mlp": 0.3, "attention": 0.5}, tmp_path / "cut", refit=False, **options)
     source = open_model(LLAMA)
-    sites = find_sites(source.meta_model, source.family, labels())
+    sites = find_sites(source.meta_model, source.family, KINDS)
     eval_set = build_eval_set(source, split_windows(source, str(text), 4, 4, 48, 0).held_out, "text")
     runner = TrialRunner(load_whole(source, torch.float32), sites, {}, eval_set)
     dense = runner.evaluate()
@@ -371,7 +372,7 @@ def test_masked_model_is_evaluated_on_masked_tokens(study_text: str, tmp_path: P
     study = ablate(str(EXAMPLES / "roberta-mini"), tmp_path / "study", calibration=study_text, **options)
     assert study.protocol["metric"] == MASKED_ACCURACY
     rows = {(row["site"], row["fill"], row["fraction"]): row for row in study.measurements}
-    for site in labels():
+    for site in KINDS:
         assert rows[site, "mean", 0.0]["top1"] > 0.35
         losses = [rows[site, fill, 0.6]["cross_entropy"] for fill in ("mean", "resample")]
         assert rows[site, "mean", 0.0]["cross_entropy"] < losses[0] < losses[1]

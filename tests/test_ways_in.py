@@ -113,8 +113,10 @@ def test_a_bin_that_holds_more_than_tensors_is_refused(tmp_path: Path) -> None:
 
 REFUSED = {
     "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder-decoder"),
-    "mixture of experts": ({"model_type": "mixtral", "num_local_experts": 8}, "has no MLP that can be pruned.*experts"),
-    "multimodal": ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "a multimodal wrapper"),
+    "mixture of experts": (
+        {"model_type": "llama4_text", "num_local_experts": 8},
+        "has no MLP that can be pruned.*experts",
+    ),
     "remote code": ({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}, "custom code"),
     "quantized": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "a quantized checkpoint"),
     "unknown": ({"model_type": "bloomer"}, "'bloomer', which is not one of transformers"),

@@ -73,7 +73,7 @@ def generate_tokens(model: Model, count: int, length: int, seed: int) -> Tensor:
         )
     if length < 3:
         raise UsageError(f"{spell('sequence_length', length)}: expected at least 3 for text that the model generates.")
-    tokenizer, vocabulary = load_tokenizer(model), model.config.vocab_size
+    tokenizer, vocabulary = load_tokenizer(model), model.vocabulary
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise PrunePeakError(

@@ -150,8 +150,8 @@ def check_vocabulary(model: Model, token: int) -> None:
     Raises:
         PrunePeakError: the token is outside the vocabulary.
     """
-    if token >= model.config.vocab_size:
+    if token >= model.vocabulary:
         raise PrunePeakError(
             f"the tokenizer of {model.name} produces the token {token}, but the vocabulary has "
-            f"{model.config.vocab_size} entries. Use the tokenizer that belongs to the model."
+            f"{model.vocabulary} entries. Use the tokenizer that belongs to the model."
         )

@@ -125,7 +125,8 @@ def _serve(pipe: Connection, folder: str, model_class: str, dtype: str, prompt: 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = getattr(transformers, model_class).from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-    tokens = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (1, prompt), generator=generator)
     with torch.inference_mode():
         while pipe.recv() == "turn":
             cache = DynamicCache(config=model.config)

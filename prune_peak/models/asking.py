@@ -76,9 +76,14 @@ class Asked:
         path, block, module, parameter = match.groups()
         return path, block, module, parameter
 
+    def is_numbered(self, name: str) -> bool:
+        """Whether a tensor is in a list of blocks."""
+        return name.startswith(self.prefix) and NUMBERED.match(name.removeprefix(self.prefix)) is not None
+
     def is_matrix(self, name: str) -> bool:
         """Whether a tensor belongs to a module that multiplies by a matrix."""
-        return isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D)
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, nn.Linear | Conv1D) or is_pointwise(module)
 
     def is_depthwise(self, name: str) -> bool:
         """Whether a tensor belongs to a convolution that keeps its channels apart."""
@@ -105,6 +110,13 @@ class Asked:
                 opened = self.shapes_with({key: True}) or {}
                 keys = {module: key for module in lacking if self.has_bias(module, opened)} | keys
         return keys
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution that multiplies the channels of every pixel by one matrix."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return False
+    return module.groups == 1 and set(module.kernel_size) == set(module.stride) == {1}
 
 
 def shapes_of(model: PreTrainedModel) -> Shapes:

@@ -52,6 +52,8 @@ def _describe(asked: Asked, blocks: str, key: str) -> Attention:
         values[kv_key] = fewer
     inputs, output = _moved(asked, blocks, values)
     keys: dict[str, Any] = {"heads_key": key, "kv_heads_key": kv_key, "head_dim_key": head_dim_key}
+    if len(inputs) == 1 and not fewer and _is(QUERY, inputs[0]):  # keys and values of the only group do not change
+        inputs += _siblings(asked, blocks, inputs[0])
     if len(inputs) == 1:
         return Attention(inputs[0], inputs[0], inputs[0], output, **keys)
     named = [next((module for module in inputs if _is(pattern, module)), None) for pattern in (QUERY, KEY, VALUE)]
@@ -60,6 +62,17 @@ def _describe(asked: Asked, blocks: str, key: str) -> Attention:
     query, key_module, value_module = map(str, named)
     others = tuple(module for module in inputs if module not in named)
     return Attention(query, key_module, value_module, output, other_inputs=others, **keys)
+
+
+def _siblings(asked: Asked, blocks: str, module: str) -> list[str]:
+    """The other modules beside a module of the blocks that have a weight."""
+    beside: dict[str, None] = {}
+    for name in asked.shapes:
+        if asked.is_numbered(name):
+            path, _, other, _ = asked.numbered(name)
+            if path == blocks and other != module and other.rpartition(".")[0] == module.rpartition(".")[0]:
+                beside.setdefault(other)
+    return [other for other in beside if _is(KEY, other) or _is(VALUE, other)]
 
 
 def _is(pattern: re.Pattern[str], module: str) -> bool:

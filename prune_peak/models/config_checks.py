@@ -34,6 +34,8 @@ def check_counts(raw: Mapping[str, Any], path: Path) -> None:
         is_count = key in REQUIRED or (type(value) is int and COUNTS.search(key) is not None)
         most = MOST_BLOCKS if is_count else MOST.get(key)
         least = 0 if is_count and key not in REQUIRED else 1
+        if key.endswith("feature_layer"):  # counts from the last
+            least = -MOST_BLOCKS
         if most is not None and not (isinstance(value, int) and least <= value <= most):
             raise PrunePeakError(f"{path} sets {key} to {value!r}; expected {least} to {most}. Correct the config.")
 
@@ -112,8 +114,6 @@ def find_family(raw: dict[str, Any], folder: Path) -> Family | None:
         what = "an encoder-decoder model, which is not supported."
     elif isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    elif isinstance(raw.get("text_config"), dict) and not _classifies_images(raw):
-        what = f"a multimodal wrapper ({model_type}). Save its language model separately and prune that."
     elif isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return None
     elif "auto_map" in raw:

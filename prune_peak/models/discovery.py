@@ -6,7 +6,7 @@ small random model of the same class before it is used (`prune_peak.proof`).
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +50,7 @@ def add_experts(family: Family, model_class: type[PreTrainedModel], config: PreT
 
 
 def _discover(asked: Asked) -> Family:
-    blocks, mlps, experts, left_whole = discover_mlps(asked)
+    blocks, mlps, experts, left_whole, pooler = discover_mlps(asked)
     attention, unseen = discover_attention(asked, blocks)
     outputs = [mlp.output_projection for mlp in mlps] + ([] if attention is None else [attention.output_projection])
     keys = asked.bias_keys(outputs)
@@ -69,6 +69,7 @@ def _discover(asked: Asked) -> Family:
         mlps[0] if mlps else None,
         other_mlps=tuple(mlps[1:]),
         experts=experts,
+        pooler=pooler,
         left_whole=left_whole,
         attention_unseen=unseen,
         discovered=True,
@@ -83,8 +84,10 @@ def _discover(asked: Asked) -> Family:
     return replace(family, attention=attention, attention_unseen=unseen, streamable=streamable)
 
 
-def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[str, str]]:
+def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[str, str], str | None]:
     """The path of the list of blocks, the MLPs and experts that its blocks can have, and keys that are no widths.
+
+    Last, the path of a module after the blocks that has an MLP like theirs.
 
     Raises:
         PrunePeakError: there is none; the message says what was seen.
@@ -92,6 +95,7 @@ def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[st
     left_whole: dict[str, str] = {}
     found: dict[tuple[str, str], MLP] = {}  # by the path of the blocks and the output projection; the first key counts
     experts: dict[str, Experts] = {}  # by the path of the blocks
+    poolers: dict[str, str] = {}
     for key in _width_keys(asked.config):
         try:
             moved = _moved(asked, key)
@@ -101,7 +105,12 @@ def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[st
                 shared = _describe(asked, key, others) if others else []
                 experts.setdefault(path, replace(one, shared=tuple(mlp for _, mlp in shared)))
                 continue
-            for path, mlp in _describe(asked, key, moved):
+            outside = {name for name in moved if not asked.is_numbered(name)}
+            described = _describe(asked, key, {name: axis for name, axis in moved.items() if name not in outside})
+            if outside:
+                path, mlp = described[0]
+                poolers[path] = _find_pooler(asked, outside, mlp)
+            for path, mlp in described:
                 found.setdefault((path, mlp.output_projection), mlp)
         except NotDiscovered as reason:
             if reason.args:
@@ -114,7 +123,7 @@ def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[st
     blocks = next(iter([*experts, *(path for path, _ in found)]))
     left_whole |= {mlp.width_key: f"it belongs to {path}" for (path, _), mlp in found.items() if path != blocks}
     mlps = [mlp for (path, _), mlp in found.items() if path == blocks]
-    return blocks, mlps, experts.get(blocks), left_whole
+    return blocks, mlps, experts.get(blocks), left_whole, poolers.get(blocks)
 
 
 def _width_keys(config: PreTrainedConfig) -> Iterator[str]:
@@ -163,7 +172,7 @@ def _describe(asked: Asked, key: str, moved: Mapping[str, int]) -> list[tuple[st
         path, block, module, _ = asked.numbered(name)
         if name in asked.tied:
             raise NotDiscovered(f"{name} is shared by several blocks")
-        if len(asked.shapes[name]) > 2 and not asked.is_depthwise(name):
+        if len(asked.shapes[name]) > 2 and not asked.is_depthwise(name) and not asked.is_matrix(name):
             raise NotDiscovered(f"{name} has {len(asked.shapes[name])} axes (experts, or a convolution)")
         modules = (outputs if asked.reads(name, axis) else inputs).setdefault((path, block), [])
         if module not in modules:
@@ -182,6 +191,21 @@ def _describe(asked: Asked, key: str, moved: Mapping[str, int]) -> list[tuple[st
     return list(dict.fromkeys(found))
 
 
+def _find_pooler(asked: Asked, outside: Set[str], mlp: MLP) -> str:
+    """The path of a module outside the blocks that has an MLP like theirs.
+
+    Raises:
+        NotDiscovered: the tensors are those of other modules.
+    """
+    projections = (*mlp.input_projections, mlp.output_projection)
+    first = min(outside)
+    module = first.partition(f".{projections[0]}.")[0]
+    inside = {name.removeprefix(f"{module}.").rpartition(".")[0] for name in outside}
+    if inside != set(projections) or not first.startswith(asked.prefix):
+        raise NotDiscovered(f"{first} is outside the blocks")
+    return module.removeprefix(asked.prefix)
+
+
 def _nearest(module: str, others: Sequence[str]) -> str:
     """The path that begins with most of the parts that another begins with; of several, the shortest."""
 
@@ -198,7 +222,7 @@ def _is_fused(asked: Asked, mlp: MLP) -> bool:
     def size(module: str, axis: int) -> int:
         return next(shape[axis] for name, shape in asked.shapes.items() if name.endswith(f".{module}.weight"))
 
-    return len(mlp.input_projections) == 1 and size(mlp.input_projections[0], 0) == 2 * size(mlp.output_projection, -1)
+    return len(mlp.input_projections) == 1 and size(mlp.input_projections[0], 0) == 2 * size(mlp.output_projection, 1)
 
 
 @torch.inference_mode()

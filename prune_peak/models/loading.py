@@ -95,9 +95,14 @@ class ModelSpec:
         return bool(self.model_class.main_input_name == IMAGES)
 
     @property
+    def vocabulary(self) -> int:
+        """The number of token ids; 0 of a model of images."""
+        return getattr(self.config.get_text_config(), "vocab_size", None) or 0
+
+    @property
     def positions(self) -> int | None:
         """The maximum number of tokens of a window; None if the config sets no limit (XLNet: -1)."""
-        positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        positions: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if positions == -1:
             return None
         for name, module in self.meta_model.named_modules():
@@ -294,7 +299,7 @@ def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:
         raise PrunePeakError(
             f"{path} is not a valid {raw['model_type']} config: {brief(error)}. Correct the config."
         ) from None
-    if not spec.sees_images and getattr(config, "vocab_size", None) is None:
+    if not spec.sees_images and not spec.vocabulary:
         raise PrunePeakError(
             f"{folder} is a multimodal wrapper ({raw['model_type']}); expected a vocab_size in its config, or images "
             "alone. Save its language model separately and prune that."

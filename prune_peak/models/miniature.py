@@ -86,13 +86,14 @@ def _shrunk(key: str, value: Any, heads: int, width: int, blocks: int, before: s
 def _created(small: PreTrainedConfig, heads: int, width: int) -> PreTrainedConfig:
     """The config created again from its values, which checks them."""
     values = {key: value for key, value in small.to_dict().items() if key not in STAGES}
-    if values.get("per_layer_config"):  # settings that differ by block
-        blocks = small.num_hidden_layers
-        values["per_layer_config"] = {
-            block: {key: _shrunk(key, value, heads, width, blocks, set()) for key, value in settings.items()}
-            for block, settings in values["per_layer_config"].items()
-            if int(block) < blocks
-        }
+    for part in (values, *values.values()):
+        if isinstance(part, dict) and part.get("per_layer_config"):  # settings that differ by block
+            blocks = part["num_hidden_layers"]
+            part["per_layer_config"] = {
+                block: {key: _shrunk(key, value, heads, width, blocks, set()) for key, value in settings.items()}
+                for block, settings in part["per_layer_config"].items()
+                if int(block) < blocks
+            }
     created: PreTrainedConfig = type(small)(**values)
     return created
 
@@ -141,7 +142,8 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+                is_kernel = parameter.dim() == 4 or parameter.shape[-1] == 1
+                parameter.copy_(noise * (parameter[0].numel() if is_kernel else parameter.shape[-1]) ** -0.5)
             else:
                 parameter.add_(0.1 * noise)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..progress import phase
+from .asking import is_pointwise
 from .execution import ExecutionConfig
 from .families import find_blocks
 from .forward import run
@@ -109,10 +110,10 @@ def _count_rows(source: Model, model: PreTrainedModel, batch: Batch) -> Counter[
     rows: Counter[str] = Counter()
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
+            if isinstance(module, nn.Linear | Conv1D) or is_pointwise(module):
 
-                def count(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                    rows[name] += args[0].shape[:-1].numel()
+                def count(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                    rows[name] += args[0].numel() // args[0].shape[1 if is_pointwise(module) else -1]
 
                 hooks.callback(module.register_forward_pre_hook(count).remove)
         run(source, _for_windows(model), **batch)

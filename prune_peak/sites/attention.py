@@ -88,7 +88,7 @@ def modules_of(family: Family) -> Modules:
 def measure_heads(model: PreTrainedModel, attention: Modules, block: str) -> tuple[int, int, int]:
     """KV groups, heads per group, neurons per head."""
     heads = read_key(model.config, attention.heads_key)
-    neurons, _, _ = measure_projection(model, f"{block}.{attention.output_projection}")
+    neurons, *_ = measure_projection(model, f"{block}.{attention.output_projection}")
     head_dim = neurons // heads
     weight = f"{block}.{attention.key}.weight"
     rows = model.get_parameter(weight).shape[rows_of(model, f"{block}.{attention.key}")[weight].axis] // head_dim

@@ -43,7 +43,7 @@ def ablated(model: nn.Module, sites: Sequence[Holdable], plan: Mapping[str, Site
 @contextmanager
 def observed(projection: nn.Module, callback: Callable[[Tensor], None]) -> Iterator[None]:
     """Within the context, `callback` is called with each input of an output projection, (..., neurons)."""
-    handle = projection.register_forward_pre_hook(lambda _, args: callback(args[0].cpu()))
+    handle = projection.register_forward_pre_hook(lambda module, args: callback(neurons_last(module, args[0]).cpu()))
     try:
         yield
     finally:
@@ -117,12 +117,21 @@ def draw_others(generator: torch.Generator) -> Callable[[int], Tensor]:
     return draw
 
 
+def neurons_last(projection: nn.Module, values: Tensor) -> Tensor:
+    """What an output projection reads, (..., neurons): a convolution has its channels before height and width."""
+    return values.movedim(1, -1) if isinstance(projection, nn.Conv1d | nn.Conv2d) else values
+
+
+def _neurons_back(projection: nn.Module, values: Tensor) -> Tensor:
+    return values.movedim(-1, 1) if isinstance(projection, nn.Conv1d | nn.Conv2d) else values
+
+
 def _resample(is_cut: Tensor, draw: Callable[[int], Tensor]) -> Hook:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        values = args[0]
+    def hook(projection: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        values = neurons_last(projection, args[0])
         flat = values.flatten(0, -2)
         others = flat.index_select(0, draw(len(flat))).view_as(values)
-        return torch.where(is_cut, others, values), *args[1:]
+        return _neurons_back(projection, torch.where(is_cut, others, values)), *args[1:]
 
     return hook
 
@@ -130,8 +139,9 @@ def _resample(is_cut: Tensor, draw: Callable[[int], Tensor]) -> Hook:
 def _hold(plan: SitePlan) -> Hook:
     is_cut = cut_mask(len(plan.fill), plan.keep)
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.where(is_cut, plan.fill.to(args[0].dtype), args[0]), *args[1:]
+    def hook(projection: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        values = neurons_last(projection, args[0])
+        return _neurons_back(projection, torch.where(is_cut, plan.fill.to(values.dtype), values)), *args[1:]
 
     return hook
 
@@ -141,8 +151,8 @@ def _replace(plan: SitePlan) -> Hook:
     assert weight is not None
     assert bias is not None
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        kept = args[0][..., plan.keep]
-        return nn.functional.linear(kept, weight.to(kept.dtype), bias.to(kept.dtype))
+    def hook(projection: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        kept = neurons_last(projection, args[0])[..., plan.keep]
+        return _neurons_back(projection, nn.functional.linear(kept, weight.to(kept.dtype), bias.to(kept.dtype)))
 
     return hook

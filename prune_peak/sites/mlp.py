@@ -43,7 +43,7 @@ class Mlp(SiteKind):
     def find_one(self, model: PreTrainedModel, mlp: MLP, block: str, index: int) -> Site:
         """The site of one MLP of a block."""
         name = f"{block}.{mlp.output_projection}"
-        neurons, _, _ = measure_projection(model, name)
+        neurons, *_ = measure_projection(model, name)
         slices: dict[str, Slice] = {}
         for projection in mlp.input_projections:
             for tensor, slice_ in rows_of(model, f"{block}.{projection}").items():

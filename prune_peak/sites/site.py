@@ -57,6 +57,7 @@ class Site:
     heads: tuple[int, int, int] = (1, 1, 1)  # KV groups, heads per group, neurons per head
     observed_outputs: tuple[str, ...] = ()  # modules whose outputs are measured, besides the neurons
     served: float = 1.0  # the share of the tokens that it reads
+    kernel: tuple[int, ...] = ()  # of an output projection that is a convolution of single pixels
 
     @property
     def label(self) -> str:
@@ -73,6 +74,8 @@ class Site:
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """The weight of the output projection as (hidden, neurons), and back."""
+        if self.kernel:  # of a convolution
+            return weight.flatten(1) if weight.dim() > 2 else weight.view(*weight.shape, *self.kernel)
         return weight.T if self.transposed else weight
 
     def read_projection(self, model: Model) -> tuple[Tensor, Tensor | None]:
@@ -150,9 +153,9 @@ class SiteKind(ABC):
         **fields: Any,
     ) -> Site:
         """The site of the output projection `name`, with the slices of its inputs and the other fields of a site."""
-        neurons, hidden, transposed = measure_projection(model, name)
+        neurons, hidden, transposed, kernel = measure_projection(model, name)
         every = {f"{name}.weight": Slice(0 if transposed else 1), **slices}
-        fields = {"folded_into": f"{name}.bias"} | fields
+        fields = {"folded_into": f"{name}.bias", "kernel": kernel} | fields
         return site_class(self, index, name, neurons, hidden, transposed, every, **fields)
 
     def config(self, site: Site, kept: int) -> dict[str, ConfigValue]:
@@ -252,8 +255,8 @@ def has_module(model: nn.Module, name: str) -> bool:
         return False
 
 
-def measure_projection(model: PreTrainedModel, name: str) -> tuple[int, int, bool]:
-    """Neurons, hidden size, and whether the output projection is a Conv1D.
+def measure_projection(model: PreTrainedModel, name: str) -> tuple[int, int, bool, tuple[int, ...]]:
+    """Neurons, hidden size, whether the output projection is a Conv1D, and its kernel if it is a convolution.
 
     Raises:
         PrunePeakError: the model has no such module.
@@ -266,8 +269,9 @@ def measure_projection(model: PreTrainedModel, name: str) -> tuple[int, int, boo
         ) from None
     assert isinstance(module.weight, nn.Parameter)
     transposed = isinstance(module, Conv1D)
-    neurons, hidden = module.weight.shape if transposed else module.weight.shape[::-1]
-    return neurons, hidden, transposed
+    rows, columns, *kernel = module.weight.shape
+    neurons, hidden = (rows, columns) if transposed else (columns, rows)
+    return neurons, hidden, transposed, tuple(kernel)
 
 
 def rows_of(model: PreTrainedModel, name: str, owners: Tensor | None = None) -> dict[str, Slice]:

@@ -180,7 +180,7 @@ def _check_windows(windows: Windows, source: Model) -> None:
         if part.is_floating_point():
             fits = source.sees_images and part.dim() == 4
         else:
-            in_vocabulary = not part.numel() or 0 <= int(part.min()) <= int(part.max()) < source.config.vocab_size
+            in_vocabulary = not part.numel() or 0 <= int(part.min()) <= int(part.max()) < source.vocabulary
             fits = part.dtype is torch.int64 and part.dim() == 2 and in_vocabulary
         if not fits or not isinstance(windows.source, str):
             raise ValueError(f"windows of {windows.source!r} are {tuple(part.shape)} {part.dtype}")
