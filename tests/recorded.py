@@ -67,7 +67,7 @@ def expected() -> str:
 def state_readme() -> list[str]:
     quality, healing, types = load("quality"), load("healing")["runs"], load("zoo")
     [talk] = [run["talk"] for run in healing if "talk" in run]
-    counts = [count_types(types["types"], head) for head in ("causal", "masked", "image")]
+    counts = [count_types(types["types"], head) for head in HEADS]
     release = ".".join(types["transformers"].split(".")[:2])
     first, second = (f"{run['tokens']:,}" for run in healing[2:])
     return [
@@ -75,8 +75,8 @@ def state_readme() -> list[str]:
         f"{healing[2]['perplexity'][1]:.2f} before healing, then {first} and {second} tokens",
         f"{talk[1]['loops']} of 40 answers loop before healing and {talk[2]['loops']} after (original: "
         f"{talk[0]['loops']})",
-        f"Of the types of transformers {release}, {counts[0]} causal language models, {counts[1]} masked ones and "
-        f"{counts[2]} image classifiers",
+        f"Of the types of transformers {release}, {counts[0]} causal language models, {counts[1]} masked ones, "
+        f"{counts[2]} image-text ones and {counts[3]} image classifiers",
     ]
 
 
@@ -306,6 +306,9 @@ def describe_experts() -> str:
     return make_table(["pruned", "chosen by", *(f"seed {seed}" for seed in range(len(runs)))], rows)
 
 
+HEADS = {"causal": "causal language", "masked": "masked language", "image-text": "image-text", "image": "image"}
+
+
 def count_types(types: dict[str, Any], head: str) -> str:
     """How many types with this head pass, of how many."""
     of = [row for name, row in types.items() if name.endswith(f"({head})")]
@@ -318,7 +321,7 @@ def describe_types() -> str:
     types = recorded["types"]
     passed = {name: row for name, row in types.items() if row.get("passed")}
     counts = []
-    for head, words in {"causal": "causal language", "masked": "masked language", "image": "image"}.items():
+    for head, words in HEADS.items():
         heads = sum(bool(row.get("attention", {}).get("passed")) for name, row in types.items() if f"({head})" in name)
         counts.append(f"{count_types(types, head)} {words} models ({heads} with their heads)")
     return "\n".join(

@@ -102,7 +102,9 @@ def test_target_over_both_kinds(tmp_path: Path, text: Path) -> None:
     assert recipe["options"]["sites"] == sorted({site["kind"] for site in recipe["sites"].values()})
 
 
-@pytest.mark.parametrize(("name", "target"), [("llama-mini", 0.7), ("mistral-mini", 0.85)])
+@pytest.mark.parametrize(
+    ("name", "target"), [("llama-mini", 0.7), pytest.param("mistral-mini", 0.85, marks=pytest.mark.real)]
+)
 def test_best_allocation_is_chosen(
     name: str, target: float, tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,6 +103,7 @@ def test_same_command_same_bytes(tmp_path: Path, text: Path) -> None:
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
+@pytest.mark.real
 def test_two_threads_keep_the_same_neurons(tmp_path: Path, text: Path) -> None:
     """And the same weights to rounding; docs/reproducibility.md tells what was seen."""
     words = (text, "--samples", 8, "--refit")

@@ -37,7 +37,6 @@ from prune_peak.sites.finding import find_sites
 
 FIRST = {tiny.configure().model_type: tiny for tiny in reversed(TINY)}
 # The table says more than the class tells
-POOLED = {"siglip_vision_model": "its pooling head has the width of the blocks"}
 PARALLEL = {"cohere": "one bias takes the constants of both, so the MLP's is that of attention"}
 
 # A type for each kind of structure; `make zoo` tries all
@@ -72,9 +71,8 @@ def test_the_class_tells_what_the_table_says(model_type: str) -> None:
     tiny = FIRST[model_type]
     asked = Asked(getattr(transformers, f"{tiny.family}{tiny.head}"), tiny.configure())
     row = FAMILIES[model_type]
-    if model_type in POOLED:
-        assert discover_mlps(asked)[-1] == row.pooler
-    blocks, [mlp], *_ = discover_mlps(asked)
+    blocks, [mlp], *_, pooler = discover_mlps(asked)
+    assert pooler == row.pooler
     assert blocks == row.blocks
     found = (mlp.input_projections, mlp.output_projection, mlp.width_key)
     assert found == (row.mlp.input_projections, row.mlp.output_projection, row.mlp.width_key)

@@ -92,6 +92,7 @@ def test_every_expert_has_neurons_of_its_own(tmp_path: Path) -> None:
     assert len(kept) == 8
 
 
+@pytest.mark.real
 def test_statistics_of_experts_come_from_a_file(tmp_path: Path) -> None:
     """The same plan as when they are measured."""
     options = {"samples": 4, "sequence_length": 64}

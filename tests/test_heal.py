@@ -179,6 +179,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
         assert (tmp_path / "healed" / name).read_bytes() == (healed / name).read_bytes(), name
 
 
+@pytest.mark.real
 def test_accumulated_gradients_are_those_of_one_pass(cut: Path, tmp_path: Path) -> None:
     """Rows of different lengths: a mean of means would differ."""
     original = open_model(str(LLAMA))
@@ -206,6 +207,7 @@ def test_nothing_is_written_where_nothing_improves(cut: Path, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.real
 def test_own_text_without_a_template(cut: Path, tmp_path: Path) -> None:
     result = heal(cut, tmp_path / "healed", "--tokens", "6k", "--data", "self", "--json")
     assert result.exit_code == 0, result.output
@@ -218,6 +220,7 @@ def test_own_text_without_a_template(cut: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+@pytest.mark.real
 def test_lora(cut: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     result = heal(cut, tmp_path / "healed", "--tokens", "8k", "--method", "lora", "--json")
@@ -343,6 +346,7 @@ def test_talk(chatty: Path, cut: Path, tmp_path: Path) -> None:
     assert "> Why?" in result.stdout
 
 
+@pytest.mark.real
 def test_compress_warns_of_talk_and_heals(chatty: Path, cut: Path, tmp_path: Path) -> None:
     words = ("--ratio", 0.8, "--calibration", cut.parent / "text.txt", "--samples", 8, "--output", tmp_path / "small")
     result = run("compress", chatty, *words, "--heal", "--json")

@@ -83,7 +83,7 @@ def test_no_other_choice_loses_less() -> None:
         assert error(moved.mT @ low_rank.query.double() * (HEAD_DIM / WIDTH) ** 0.5) > chosen
 
 
-@pytest.mark.parametrize(("ratio", "head_dim"), [(0.25, 24), (0.5, 16)])
+@pytest.mark.parametrize(("ratio", "head_dim"), [pytest.param(0.25, 24, marks=pytest.mark.real), (0.5, 16)])
 def test_a_trained_model_with_narrower_heads(ratio: float, head_dim: int, tmp_path: Path) -> None:
     digits = EXAMPLES / "digits"
     options = {"calibration": str(digits / "calibration"), "samples": 100, "evaluate": str(digits / "held-out")}

@@ -122,6 +122,7 @@ def test_a_tiny_budget_ends_in_a_sentence(mini: Model) -> None:
         plan_execution(mini, load(mini), 10_000_000)
 
 
+@pytest.mark.real
 def test_a_budget_from_the_command_line(tmp_path: Path, text: Path) -> None:
     words = ("--ratio", 0.3, "--calibration", text, "--samples", 8, "--sequence-length", 32, "--json", "-q")
     for name, budget in (("tight", "0.65GB"), ("wide", "8GB"), ("default", None)):
