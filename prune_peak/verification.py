@@ -89,7 +89,7 @@ def _verify(
     if not result.passed:
         return result
     written = open_model(str(folder))
-    _check_loading(result, written)
+    _check_loading(result, written, execution)
     next_stage()
     if result.passed and "healing" in recipe:
         _check_healing(result, folder, recipe, original, written, data)
@@ -241,10 +241,11 @@ def _check_tokenizer(result: Verification, original: Model, written: Model) -> N
         result.add("tokenizer is the original's", alike, seen)
 
 
-def _check_loading(result: Verification, written: Model) -> None:
+def _check_loading(result: Verification, written: Model, execution: ExecutionConfig) -> None:
     """Stock transformers loads the folder with no key left over."""
     with phase("load by transformers"):
-        model, info = written.model_class.from_pretrained(written.folder, dtype="auto", output_loading_info=True)
+        device = {} if written.size <= execution.whole_size else {"device_map": {"": "meta"}}  # reports without weights
+    model, info = written.model_class.from_pretrained(written.folder, dtype="auto", output_loading_info=True, **device)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     name = f"{written.model_class.__name__} of transformers {transformers.__version__}"
     seen = f"{name}: {wrong or 'nothing missing, unexpected or mismatched'}"

@@ -25,7 +25,7 @@ from .recording import is_streamable
 
 TELLING = re.compile(r"intermediate|ffn|inner|mlp|(^|_)ff(_|$)|d_?ff|feed|hidden_dim|expansion", re.IGNORECASE)
 # Keys that only sound like widths
-OTHERS = re.compile(r"chunk|round|multiplier|initializer|dropout|eps|hidden_act|activation")
+OTHERS = re.compile(r"squeeze|chunk|round|multiplier|initializer|dropout|eps|hidden_act|activation")
 
 _families: dict[tuple[type[PreTrainedModel], str], Family] = {}  # asked before, by class and config
 
