@@ -243,7 +243,7 @@ class CompressOptions(OutputClassOptions, ResourceOptions, CalibrationOptions, P
         parse="data",
         shown="held-out windows of the calibration; no images",
     )
-    force: bool = option(False, "Replace the output folder if it exists.")
+    force: bool = option(False, "Replace the output folder if it exists, with all that is in it.")
 
     def __post_init__(self) -> None:
         Budget.__post_init__(self)

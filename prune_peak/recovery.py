@@ -16,6 +16,7 @@ from .data.data_sets import check_data, reading_of
 from .data.windows import name_data, window_length
 from .errors import PrunePeakError, UsageError, VerificationError, spell
 from .evaluation.divergence import Distance, measure_distance
+from .evaluation.talk import warn_of_answers_before
 from .export.card import write_card
 from .export.digests import digest_files
 from .export.folder import copy_side_files
@@ -23,7 +24,7 @@ from .export.recipe import RECIPE_FILE, VERSIONS, read_recipe, write_json
 from .export.resume import ResumableRun
 from .healing.options import HealOptions
 from .healing.training import STEP_TOKENS, into_batches, train
-from .healing.windows import HELD_OUT_FILE, HealingData, choose_data, load_data, recorded_reading
+from .healing.windows import HELD_OUT, HELD_OUT_FILE, HealingData, choose_data, load_data, recorded_reading
 from .io.writer import Writer
 from .memory import MACHINE_SHARE, estimate_healing, gigabytes, physical_memory
 from .models.execution import find_device
@@ -41,6 +42,7 @@ DATA_FILE, TRAINING = "data.safetensors", "training"  # in the partial folder
 KEPT_CHECKPOINTS = 3  # the best, the newest, and one that is being written
 SPEED_PROBE = 1024  # rows and columns of the matrices that are multiplied to measure the speed
 ENOUGH = 0.9  # of the tokens asked for
+HELD_OUT_PASSES = 5  # through both models
 OVERHEAD = 1.6  # time of a run, evaluations included, over that of its products
 
 
@@ -90,7 +92,8 @@ class HealJob:
             seconds = min(seconds, time.perf_counter() - start)
         speed = 2 * SPEED_PROBE**3 / seconds
         work = self.options.tokens * (2 * self.original.parameters + 6 * self.model.parameters)
-        return OVERHEAD * work / speed / 60
+        measured = HELD_OUT_PASSES * HELD_OUT * 2 * (self.original.parameters + self.model.parameters)
+        return (OVERHEAD * work + measured) / speed / 60
 
     @property
     def disk(self) -> int:
@@ -305,7 +308,7 @@ def _describe(job: HealJob, data: HealingData, before: list[Distance], after: Di
         **job.recipe,
         "quality": {"before": None, "after": None},  # of the compressed model, like `talk`
         "talk": {},
-        "warnings": [],
+        "warnings": warn_of_answers_before(job.recipe),
         "versions": VERSIONS,
         "healing": {
             **job.record,

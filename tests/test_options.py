@@ -328,3 +328,15 @@ def test_flags_are_spelled_as_options() -> None:
     for name, kind in COMMANDS.items():
         flags = {word for part in main.commands[name].params if isinstance(part, click.Option) for word in part.opts}
         assert {flag(item.name) for item in fields(kind)} <= flags
+
+
+def test_per_cent_is_understood() -> None:
+    assert "Did you mean 0.3?" in run("compress", MODEL, "--ratio", "30%").stderr
+
+
+def test_a_dry_run_reads_tables(tmp_path: Path) -> None:
+    table = tmp_path / "notes.csv"
+    table.write_text("id,body\n1,some text\n")
+    told = run("compress", MODEL, "--ratio", 0.3, "--calibration", table, "--dry-run")
+    assert told.exit_code == 1
+    assert "has the columns id, body" in told.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import wraps
@@ -16,6 +17,9 @@ from ..pruning import scores  # noqa: F401 - registers the scores
 from .logs import configure_logging
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+PER_CENT = re.compile(r"([0-9.]+) *%")
 
 
 class Ratio(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
@@ -34,7 +38,9 @@ class Ratio(click.ParamType):  # type: ignore[type-arg]  # not generic before cl
             pairs = [part.split("=") for part in str(value).split(",")]
             return {kind: float(number) for kind, number in pairs}
         except ValueError:
-            self.fail(f"{value}: expected a number, or mlp=NUMBER,attention=NUMBER.", parameter, context)
+            found = PER_CENT.fullmatch(str(value))
+            meant = f" Did you mean {float(found[1]) / 100:g}?" if found else ""
+            self.fail(f"{value}: expected a number, or mlp=NUMBER,attention=NUMBER.{meant}", parameter, context)
 
 
 class Names(click.ParamType):  # type: ignore[type-arg]

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import PrunePeakError, UsageError, brief, spell
 from ..options import FIRST_PART, SELF, DataOptions
-from .text_files import READERS, REFUSED
+from .text_files import READERS, REFUSED, read_records
 
 PLAIN_TEXT = (".txt", ".text", ".md", ".rst", ".log", ".tex", ".py", ".gz")
 FILE_SUFFIXES = {*PLAIN_TEXT, *READERS, *REFUSED, ".parquet"}
@@ -31,11 +31,15 @@ def check_data(data: Sequence[str], takes_images: bool, reading: DataOptions = F
 
     Raises:
         UsageError: options of a data set or of a table without one.
-        PrunePeakError: a path that does not exist, images for a model of text, or text for a model of images.
+        PrunePeakError: a path that does not exist, images for a model of text, text for a model of images, or a file
+            with columns that cannot be read.
     """
     names = [name for name in data if name != SELF]
     for name in names:
         _check_one(name, takes_images)
+    for name in names:
+        if os.path.isfile(name) and (_is_table(name) or Path(name).suffix.lower() in REFUSED):
+            read_records(Path(name), reading.text_column)  # raises
     sets = [name for name in names if is_data_set(name) and not (takes_images and os.path.isdir(name))]
     if (reading.dataset_config or reading.dataset_split) and not sets:
         option = "dataset_config" if reading.dataset_config else "dataset_split"

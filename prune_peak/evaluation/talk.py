@@ -1,6 +1,6 @@
 """Talk: what models answer to a list of prompts, greedily. Perplexity does not show loops and early ends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -131,7 +131,18 @@ def warn_of_talk(talks: Sequence[Talk]) -> list[str]:
     return [
         f"its answers are worse than the perplexity shows: {after.loops} of {after.prompts} loop (before: "
         f"{before.loops}), and the divergence along the original's answers is {after.divergence:.2f} nats per token. "
-        "`prune-peak heal` mends much of it."
+        "`prune-peak heal DIR --original MODEL --data self` mends a part of it."
+    ]
+
+
+def warn_of_answers_before(recipe: Mapping[str, Any]) -> list[str]:
+    """What the compressed model's answers were like, where they were worse; those of the healed one are not known."""
+    if not recipe.get("talk") or not any("loop" in warning for warning in recipe["warnings"]):
+        return []
+    before, after = recipe["talk"]["before"], recipe["talk"]["after"]
+    return [
+        f"its answers were not measured again: before healing {after['loops']} of {after['prompts']} looped (the "
+        f"original's: {before['loops']}). `prune-peak evaluate ORIGINAL DIR --talk` counts them."
     ]
 
 

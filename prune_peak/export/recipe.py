@@ -132,6 +132,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe of a folder that prune-peak wrote."""
+    if not folder.exists():
+        raise PrunePeakError(f"{folder} does not exist. Pass a folder that prune-peak wrote.")
     try:
         check_folder(folder)
         recipe = dict(read_json(folder / RECIPE_FILE))

@@ -28,7 +28,7 @@ class HealOptions(ResourceOptions, SeedOptions, HubOptions, DataOptions):
         shown="full if it fits --max-memory, else lora",
     )
     output: str | Path | None = option(None, "Folder to write.", parse="folder", shown="DIR-healed")
-    force: bool = option(False, "Replace the output folder if it exists.")
+    force: bool = option(False, "Replace the output folder if it exists, with all that is in it.")
 
 
 @dataclass(frozen=True, kw_only=True)
