@@ -117,7 +117,7 @@ def test_data_of_another_kind(
 @pytest.mark.parametrize("data", ["org/name", "org/name-v1.1", "self", "text.txt", "rows.CSV"])
 def test_data_that_may_be_there(data: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(text.parent)
-    (text.parent / "rows.CSV").touch()
+    (text.parent / "rows.CSV").write_text("a\nsome text\n")
     check_data([data, "org/name"], False, DataOptions(dataset_split="test", text_column="a"))
 
 

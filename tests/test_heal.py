@@ -25,7 +25,7 @@ from prune_peak.data.chat import find_template, generate_chats, is_loop
 from prune_peak.data.sampling import sample_windows
 from prune_peak.data.windows import IGNORED
 from prune_peak.evaluation.divergence import divergence
-from prune_peak.evaluation.talk import measure_talk, read_prompts
+from prune_peak.evaluation.talk import measure_talk, read_prompts, warn_of_answers_before
 from prune_peak.healing import training
 from prune_peak.healing.training import collate, into_batches
 from prune_peak.healing.windows import choose_data
@@ -379,3 +379,11 @@ def test_two_processes_are_one(cut: Path, healed: Path, tmp_path: Path) -> None:
     first, second = (recipe["healing"]["divergence"]["after"] for recipe in recipes)
     assert second == pytest.approx(first, rel=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_a_healed_card_says_that_answers_were_not_measured_again() -> None:
+    talk = {"before": {"prompts": 16, "loops": 0}, "after": {"prompts": 16, "loops": 8}}
+    [warning] = warn_of_answers_before({"talk": talk, "warnings": ["its answers are worse: 8 of 16 loop"]})
+    assert "before healing 8 of 16 looped (the original's: 0)" in warning
+    assert warn_of_answers_before({"talk": talk, "warnings": []}) == []
+    assert warn_of_answers_before({"talk": {}, "warnings": ["perplexity"]}) == []
