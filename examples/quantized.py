@@ -1,4 +1,4 @@
-"""Eight-bit weights on top, on a CPU, with torchao: `python examples/quantized.py FOLDER [PROMPT]` (extra `quantized`)."""
+"""Eight-bit weights on top, on a CPU, with torchao: `python examples/quantized.py FOLDER` (extra `quantized`)."""
 
 import sys
 
