@@ -153,12 +153,13 @@ def test_a_head_that_changes_the_attention_runs_whole() -> None:
         assert discover_family(model_class, config).streamable is streamable
 
 
-def test_two_towers_are_refused(tmp_path: Path) -> None:
+def test_the_text_tower_of_a_retriever_is_found(tmp_path: Path) -> None:
     config = transformers.ColModernVBertConfig()
     config.architectures = ["ColModernVBertForRetrieval"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(PrunePeakError, match="multimodal wrapper"):
-        prune_peak.inspect(str(tmp_path))
+    inspection = prune_peak.inspect(str(tmp_path))
+    assert "mlp" in [site.kind for site in inspection.sites if not site.in_place]
+    assert any("vision" in part for part in inspection.unprunable)
 
 
 def test_statistics_of_a_model_that_runs_whole(tmp_path: Path, text: Path) -> None:
