@@ -19,7 +19,7 @@ from .plan import SitePlan
 from .routing import Router, RoutingSample
 from .site import ConfigValue, Site, SiteKind, Slice, Tensors, has_module
 
-SAMPLED_TOKENS = 1024  # of a batch, on which all experts are run
+SAMPLED, SAMPLED_AT_MOST = 1024, 2048  # tokens of a batch, and of all, on which all experts are run
 TOKENS_AT_ONCE = 64
 FEWEST_OF_A_GROUP = 2  # routers that choose among groups rank these by their two best experts
 
@@ -129,14 +129,17 @@ class Experts(SiteKind):
 def _observed(model: nn.Module, site: ExpertsSite, callback: Callable[..., None]) -> Iterator[None]:
     experts, router = model.get_submodule(site.name), site.find_router(model)
     inputs: list[Tensor] = []
+    sampled = 0
 
     def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[:] = [args[0].reshape(-1, args[0].shape[-1])]
 
     def listen(hidden: Tensor, norms: Tensor) -> None:
+        nonlocal sampled
         sample = None
-        if router.runs_alone and inputs and len(inputs[0]) == len(hidden):
-            some = torch.linspace(0, len(hidden) - 1, min(SAMPLED_TOKENS, len(hidden))).long()
+        if sampled < SAMPLED_AT_MOST and router.runs_alone and inputs and len(inputs[0]) == len(hidden):
+            some = torch.linspace(0, len(hidden) - 1, min(SAMPLED, len(hidden))).long()
+            sampled += len(some)
             grams = [_products(every_output(experts, part)) for part in hidden[some].split(TOKENS_AT_ONCE)]
             sample = RoutingSample(router.copy(), inputs[0][some].cpu(), torch.cat(grams))
         callback(norms.cpu(), sample=sample)

@@ -19,7 +19,6 @@ from ..sites.routing import Router, RoutingSample
 from .distributed import ProcessGroup
 from .histogram import check_tensors
 
-SAMPLED = 2048  # tokens that decide the order
 ROUNDS = 16  # at least, in which experts leave; the costs are computed again after each
 
 
@@ -47,7 +46,7 @@ class ExpertUse:
         """Add a batch: weighted norms, (tokens, experts), zero where an expert is not chosen, and a sample of it."""
         self.served += (norms > 0).sum(0)
         self.norms += norms.sum(0, dtype=torch.float64)
-        if sample is not None and sum(map(len, self.inputs)) < SAMPLED:
+        if sample is not None:
             self.router = self.router or sample.router
             self.inputs.append(sample.inputs)
             self.grams.append(sample.grams)
