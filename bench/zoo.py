@@ -127,7 +127,8 @@ def prune_kind(folder: Path, output: Path, kind: str, ratio: float) -> dict[str,
     kept = find_allocations(source, sites, budget, OWN)[0]
     conversion = choose_conversion(source, sites, kept, source.dtype, OWN)
     original = source.load(torch.float32)
-    batches = [make_inputs(original, 8)]
+    inputs = make_inputs(original, 8)  # every choice of a multiple-choice head is a window
+    batches = [{name: each if each.is_floating_point() else each.flatten(0, -2) for name, each in inputs.items()}]
     plans: dict[int, dict[str, Any]] = defaultdict(dict)
     for observed in collect(source, conversion.sites, batches, torch.float32):
         site = observed.site
