@@ -79,6 +79,8 @@ class Bar(tqdm):  # type: ignore[type-arg]
             self.refresh()
 
     def close(self) -> None:
+        if not hasattr(self, "disable"):  # interrupted while it was made
+            return
         self._closed.set()
         _open.discard(self)
         super().close()

@@ -11,7 +11,7 @@ from test_compress import run
 from test_progress import interrupt_after
 
 from prune_peak import progress
-from prune_peak.progress import describe_stage, next_stage, open_bar, phase, stages, track
+from prune_peak.progress import Bar, describe_stage, next_stage, open_bar, phase, stages, track
 
 OPT, LLAMA = EXAMPLES / "opt-mini", EXAMPLES / "llama-mini"
 SHORT = ("--samples", 2, "--sequence-length", 32)
@@ -133,3 +133,7 @@ def test_a_study_resumes_its_bar(tmp_path: Path, text: Path) -> None:
     assert resumed.exit_code == 0, resumed.stderr
     counts = re.findall(r"ablate, stage 3 of 3: +\d+%\|[^|]*\| (\d/\d)", resumed.stderr)
     assert (counts[0], counts[-1]) == ("2/3", "3/3")
+
+
+def test_a_bar_that_was_interrupted_while_it_was_made_closes() -> None:
+    Bar.__new__(Bar).close()
