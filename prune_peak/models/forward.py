@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import PrunePeakError, brief, is_out_of_memory
+from ..errors import LostProcessError, PrunePeakError, brief, is_out_of_memory
 from .bfloat16 import fast_products
 from .loading import ModelSpec
 from .miniature import make_inputs
@@ -24,7 +24,7 @@ def run(source: ModelSpec, module: Callable[..., Any], *inputs: Any, **named: An
     try:
         with fast_products():
             return module(*inputs, **named)
-    except (PrunePeakError, StopForward):
+    except (LostProcessError, PrunePeakError, StopForward):  # of observers and recorders
         raise
     except Exception as error:  # every class raises its own kinds
         if is_out_of_memory(error):
