@@ -221,8 +221,8 @@ def state_performance() -> list[str]:
         f"was {ranks['compress']['ratio']:.2f} times as fast, {ranks['compress']['alone']:.1f} s alone and "
         f"{ranks['compress']['shared']:.1f} s shared",
         f"reading it once took {large['read']:.1f} s, the bare forward {large['forward']:.1f}, writing the result once "
-        f"{large['write']:.1f}, reading it back {large['read_back']:.1f}, and compressing it, exams and verification "
-        f"included, {large['compress']:.1f}: {large['ratio']:.2f} times the sum. It held "
+        f"{large['write']:.1f}, reading it back {large['read_back']:.1f}, and compressing it, evaluations and "
+        f"verification included, {large['compress']:.1f}: {large['ratio']:.2f} times the sum. It held "
         f"{large['memory_gb']:.2f} GB at most.",
         f"{work['tflop']:.1f} TFLOP for 24,576 tokens",
         f"are {work['products_tflop']:.1f} TFLOP over 30 blocks: {work['products']:.2f} of the forward",

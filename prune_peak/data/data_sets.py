@@ -62,7 +62,7 @@ def _check_one(name: str, takes_images: bool) -> None:
         files = islice(Path(name).rglob("*"), FILES_ASKED)
         if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
             raise PrunePeakError(f"{name} is a folder of images, and the model reads text. Pass a file of text.")
-    if not os.path.exists(name) and not (is_data_set(name) and _is_repo_id(name)):
+    if not os.path.exists(name) and not (is_data_set(name) and is_repo_id(name)):
         raise PrunePeakError(f"{name} does not exist, and is no id of a Hub data set. Check the path.")
 
 
@@ -70,7 +70,8 @@ def _is_table(name: str) -> bool:
     return not {suffix.lower() for suffix in Path(name).suffixes[-2:]}.isdisjoint({*READERS, ".parquet"})
 
 
-def _is_repo_id(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
+    """Whether a name has the form of an id of the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:

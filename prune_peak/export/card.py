@@ -14,12 +14,11 @@ from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 from yaml import YAMLError
 
+from ..data.data_sets import is_repo_id
 from ..evaluation.quality import PERPLEXITY, EvalResult
 from ..io.side_files import CARD
 from ..models.loading import Model
@@ -153,17 +152,9 @@ def _front_matter(recipe: Mapping[str, Any], source: Model) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=find_task(getattr(transformers, recipe["output_class"])),
         tags=["prune-peak", "pruning", "peak-ablation", "arxiv:2408.17322"],
-        datasets=[name for name in names if "/" in name and _is_repo_id(name)] or None,
+        datasets=[name for name in names if "/" in name and is_repo_id(name)] or None,
         **inherited,
     )
-
-
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _inherit(source: Model) -> dict[str, Any]:
@@ -182,7 +173,7 @@ def _inherit(source: Model) -> dict[str, Any]:
             items = ["no" if item is False else item for item in items]
         texts = [item for item in items if isinstance(item, str)]
         if key == "base_model":
-            texts = list(filter(_is_repo_id, texts))
+            texts = list(filter(is_repo_id, texts))
         if texts:
             found[key] = texts if isinstance(value, list) else texts[0]
     return found

@@ -24,6 +24,19 @@ from .site import Site, Slice, Tensors, has_module
 KERNEL_ROW = 8  # neurons; grouped products take rows of 16 bytes
 
 
+def require_experts(family: Family) -> Experts:
+    """The experts of a family.
+
+    Raises:
+        PrunePeakError: it has none.
+    """
+    if family.experts is None:
+        raise PrunePeakError(
+            f"this {family.model_type} has no stacked experts. Prune its MLP ({spell('sites', 'mlp')})."
+        )
+    return family.experts
+
+
 @dataclass(frozen=True)
 class ExpertSite(Site):
     """One expert of a stack."""
@@ -66,17 +79,14 @@ class ExpertMlp(SharedMlp):
         return family.experts is not None
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
-        if family.experts is None:
-            raise PrunePeakError(
-                f"this {family.model_type} has no stacked experts. Prune its MLP ({spell('sites', 'mlp')})."
-            )
+        require_experts(family)
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
-        assert family.experts is not None
-        has_experts = has_module(model, f"{block}.{family.experts.module}")
-        shared = (mlp for mlp in family.experts.shared if has_module(model, f"{block}.{mlp.output_projection}"))
+        experts = require_experts(family)
+        has_experts = has_module(model, f"{block}.{experts.module}")
+        shared = (mlp for mlp in experts.shared if has_module(model, f"{block}.{mlp.output_projection}"))
         return [
-            *(_find_experts(self, model, family.experts, block, index) if has_experts else []),
+            *(_find_experts(self, model, experts, block, index) if has_experts else []),
             *(self.shared.find_one(model, mlp, block, index) for mlp in shared),
         ]
 

@@ -14,6 +14,7 @@ from ..errors import PrunePeakError, spell
 from ..models.config_keys import read_key
 from ..models.families import Family
 from .expert_forward import every_output, listened
+from .expert_mlp import require_experts
 from .folding import cut
 from .plan import SitePlan
 from .routing import Router, RoutingSample
@@ -49,19 +50,14 @@ class Experts(SiteKind):
         return family.experts is not None
 
     def check(self, model: PreTrainedModel, family: Family) -> None:
-        if family.experts is None:
-            raise PrunePeakError(
-                f"this {family.model_type} has no stacked experts. Prune its MLP ({spell('sites', 'mlp')})."
-            )
-        if not family.experts.router:
+        if not require_experts(family).router:
             raise PrunePeakError(
                 f"no config key of this {family.model_type} sets the number of its experts alone. Make its experts "
                 f"narrower ({spell('sites', 'expert-mlp')})."
             )
 
     def find(self, model: PreTrainedModel, family: Family, block: str, index: int, unit: str) -> list[Site]:
-        experts = family.experts
-        assert experts is not None
+        experts = require_experts(family)
         name = f"{block}.{experts.module}"
         if not has_module(model, name):
             return []
