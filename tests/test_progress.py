@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,26 @@ def test_killed_at_random_moments(text: Path) -> None:
     summary = json.loads(done.stdout)
     assert summary["same bytes"] == 2
     assert summary["source untouched"]
+
+
+def test_interrupt_inside_a_finalizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ignores what a finalizer raises, and prints it with its traceback."""
+
+    def finalized(*args: object, **options: object) -> None:
+        Interrupting()
+        time.sleep(5)
+
+    class Interrupting:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("prune_peak.inspection.inspect", finalized)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    result = run("inspect", EXAMPLES / "opt-mini")
+    signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130
+    assert result.stderr.startswith("Interrupted. ")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("made_of_it", [KeyboardInterrupt, UnboundLocalError, PrunePeakError])

@@ -98,21 +98,38 @@ def _end_bars() -> None:
 
 @contextmanager
 def _noting_interrupts() -> Iterator[list[int]]:
-    """The interrupts so far. Libraries turn them into other errors: clean-up fails, or Rust code swallows them."""
+    """The interrupts so far. Libraries turn them into other errors: clean-up fails, or Rust code swallows them.
+
+    One that comes inside a finalizer is lost, because Python ignores what a finalizer raises; it comes again.
+    """
     interrupts: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
+    def send_again() -> None:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.raise_signal(signal.SIGINT)  # Python handles it in the main thread
+
+    def unraised(lost: Any) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            unraised_before(lost)
+            return
+        again = threading.Timer(0.02, send_again)
+        again.daemon = True
+        again.start()
+
+    before, unraised_before = signal.getsignal(signal.SIGINT), sys.unraisablehook
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
     signal.signal(signal.SIGINT, note)
+    sys.unraisablehook = unraised
     try:
         yield interrupts
     finally:
+        sys.unraisablehook = unraised_before
         signal.signal(signal.SIGINT, before)
 
 
