@@ -106,6 +106,8 @@ def _verify(
             plan = RefittedPlan(plan, original, conversion, written, options)
         _check_tokenizer(result, original, written)
         _check_tensors(result, original, written, conversion, plan)
+        if not result.passed and original.digest != recipe["source"]["digest"]:
+            raise PrunePeakError(f"{original.name} is not the original of this folder: its config or weights differ.")
         next_stage()
         _check_outputs(result, original, written, sites, plan, execution)
     return result

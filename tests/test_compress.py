@@ -189,6 +189,17 @@ def test_verify_compares_with_the_original(good: Path, name: str, words: str) ->
     assert re.search(r"\nfailed: [1-9] of \d+ checks\n$", result.stdout)
 
 
+def test_verify_names_another_model(good: Path, tmp_path: Path) -> None:
+    """Same shapes, other weights: not an original that a wrong compression came from."""
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "llama-mini")
+    model.model.embed_tokens.weight.data.mul_(2)
+    shutil.copytree(EXAMPLES / "llama-mini", tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    result = run("verify", good, "-q", "--original", tmp_path / "other")
+    assert result.exit_code == 1
+    assert "other is not the original of this folder: its config or weights differ." in result.output
+
+
 def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
