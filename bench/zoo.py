@@ -1,8 +1,9 @@
-"""The law over the model types of the installed transformers: `make zoo`, or `python bench/zoo.py bert gemma3_text`.
+"""The law over the model types of the installed transformers: `make zoo`, or `python bench/zoo.py bert seq2seq`.
 
-For every type with a causal, a masked or an image class: a small random model (the default config shrunk by rule) is
-saved, opened, calibrated on random inputs, pruned by 30 %, written, loaded by its class, and compared with the original
-whose pruned neurons are held by hooks. Prints one JSON object: what was found and measured for every type.
+For every type with a causal, a masked, a sequence-to-sequence or an image class: a small random model (the default
+config shrunk by rule) is saved, opened, calibrated on random inputs, pruned by 30 %, written, loaded by its class, and
+compared with the original whose pruned neurons are held by hooks. Prints one JSON object: what was found and measured
+for every type.
 """
 
 import json
@@ -25,9 +26,9 @@ from prune_peak.conversion.choice import choose_conversion
 from prune_peak.errors import PrunePeakError, brief
 from prune_peak.export.folder import FolderWriter
 from prune_peak.models.asking import Asked
-from prune_peak.models.discovery import discover_mlps
+from prune_peak.models.discovery import discover_stacks
 from prune_peak.models.loading import open_model
-from prune_peak.models.miniature import build_miniature, make_inputs
+from prune_peak.models.miniature import build_miniature, make_inputs, takes_decoder_ids
 from prune_peak.options import OWN, Budget, PruningOptions
 from prune_peak.proof import LEAST_EFFECT, PROOF_BOUND, SHARES, compare_outputs, prove
 from prune_peak.pruning.budget import find_allocations
@@ -38,6 +39,7 @@ from prune_peak.stats.collection import collect
 HEADS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "masked": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
@@ -67,11 +69,11 @@ def list_types() -> dict[str, tuple[str, str]]:
 
 
 def make_config(model_type: str, class_name: str) -> PreTrainedConfig:
-    """The default config, completed; of an encoder-decoder, as that of its decoder."""
+    """The default config, completed; for the decoder alone of an encoder-decoder, as that of a decoder."""
     config: PreTrainedConfig = CONFIG_MAPPING[model_type](**COMPLETED.get(model_type, {}))
     if model_type == "reformer":
         config.is_decoder = class_name == "ReformerModelWithLMHead"
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and not takes_decoder_ids(getattr(transformers, class_name)):
         config.is_encoder_decoder, config.is_decoder = False, True
         config.add_cross_attention = False
     return config
@@ -82,7 +84,7 @@ def try_type(model_type: str, class_name: str) -> dict[str, Any]:
     try:
         model_class = getattr(transformers, class_name)
         config = make_config(model_type, class_name)
-        discover_mlps(Asked(model_class, config))  # quick, where there is nothing to try
+        discover_stacks(Asked(model_class, config))  # quick, where there is nothing to try
         model, _ = build_miniature(model_class, config)
     except PrunePeakError as error:
         return {"reason": str(error)}
@@ -164,8 +166,12 @@ def prune_kind(folder: Path, output: Path, kind: str, ratio: float) -> dict[str,
 
 
 def run(names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Try the types of these names (all of them without names)."""
-    types = {name: each for name, each in list_types().items() if not names or {name, each[0]} & set(names)}
+    """Try the types of these names or heads (all of them without names)."""
+    types = {
+        name: each
+        for name, each in list_types().items()
+        if not names or {name, each[0], name.partition(" (")[2].rstrip(")")} & set(names)
+    }
     for name, (model_type, class_name) in tqdm(types.items(), unit="type"):
         try:
             yield name, try_type(model_type, class_name)

@@ -19,7 +19,7 @@ from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
 from .export.recipe import describe_shares, describe_steps
 from .job import Job, convert, plan_widths, prepare
-from .models.families import find_blocks
+from .models.families import block_paths, find_blocks
 from .models.loading import Model, ModelSpec, count_patches, open_model, open_model_spec
 from .models.whole import open_stream
 from .option_fields import takes
@@ -128,7 +128,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         model_type=spec.family.model_type,
         model_class=spec.model_class.__name__,
         dtype=str(spec.dtype).removeprefix("torch."),
-        blocks=len(find_blocks(spec.meta_model, spec.family)),
+        blocks=len(block_paths(spec.meta_model, spec.family)),
         sites=tuple(prunable),
         lacking=dict(_find_lacking(spec)),
         unprunable=unprunable,
@@ -185,7 +185,7 @@ def _inspect_kind(
         module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix("bias").rstrip("._")
         folded_into = f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
     written_as = conversion.model_class.__name__
-    blocks = len({one.block for one in sites if one.block < len(find_blocks(spec.meta_model, spec.family))})
+    blocks = len({one.block for one in sites if one.block < len(block_paths(spec.meta_model, spec.family))})
     kept = kept or site.neurons
     return PrunableSites(kind, blocks, site.neurons, step, kept, written_as, folded_into, in_place)
 
@@ -257,7 +257,8 @@ def _time_block(job: Job) -> tuple[float, float]:
         windows = calibration.windows.calibration
     else:
         count = 2 * max(1, execution.batch_tokens // workload.length)
-        windows = torch.randint(source.vocabulary, (count, workload.length))
+        shape = (count, 2, workload.length) if source.reads_pairs else (count, workload.length)
+        windows = torch.randint(source.vocabulary, shape)
     batches = into_batches(windows, execution.batch_tokens)[:2]
     stream = open_stream(source, batches, workload.dtype, execution)
     steps = stream.steps()  # named, because its weights leave memory with it

@@ -119,7 +119,8 @@ def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_
     hidden, neurons = (max(getattr(site, size) for site in workload.sites) for size in ("hidden", "neurons"))
     whole = not source.family.streamable
     stored = source.dtype.itemsize
-    block = sum(parameter.numel() for parameter in find_blocks(source.meta_model, source.family)[0].parameters())
+    firsts = [find_blocks(source.meta_model, stack)[0] for stack in source.family.stacks]
+    block = max(sum(parameter.numel() for parameter in first.parameters()) for first in firsts)
     ends = sum(tensor.numel() for name, tensor in source.meta_model.state_dict().items() if _is_outside(source, name))
     factor = factor_type(workload.dtype).itemsize
     wide = factor if factor > width else 0  # bytes per element of the converted factors
@@ -163,7 +164,7 @@ def _hidden_size(model: Model) -> int:
 
 
 def _is_outside(source: Model, name: str) -> bool:
-    return f"{source.family.blocks}." not in name
+    return all(f"{stack.blocks}." not in name for stack in source.family.stacks)
 
 
 def estimate_healing(original: Model, model: Model, tokens: int, method: str) -> int:

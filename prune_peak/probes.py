@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from .errors import PrunePeakError
 from .models.config_keys import image_size, vision_config
 from .models.execution import CPU, ExecutionConfig
 from .models.forward import run
-from .models.loading import IMAGES, Model
+from .models.loading import DECODER_IDS, IMAGES, Model
 from .models.miniature import takes_choices, takes_one_text
 from .models.stream import Batch
 from .models.streaming import BlockStream
@@ -69,6 +69,9 @@ def probe_batches(model: Model, probes: int) -> list[Batch]:
     padded = torch.randint(model.vocabulary, (probes, length // 2), generator=generator)
     mask = (torch.arange(length // 2) >= torch.arange(probes)[:, None] * length // (4 * probes)).long()
     batches: list[Batch] = [{"input_ids": full}, {"input_ids": padded, "attention_mask": mask}]
+    if model.reads_pairs:
+        for batch in batches:
+            batch[DECODER_IDS] = torch.randint(model.vocabulary, (probes, length // 3), generator=generator)
     if takes_choices(model.model_class):
         return [{key: tensor.unflatten(0, (-1, 2)) for key, tensor in batch.items()} for batch in batches]
     if takes_one_text(model.model_class, config):
@@ -91,7 +94,7 @@ class Whole:
             if not self.model.can_generate() or (teacher is not None and teacher.decoded is None):
                 return Outputs(logits)
             try:
-                steps, tokens = self._decode(batches[0]["input_ids"], teacher)
+                steps, tokens = self._decode(batches[0], teacher)
             except PrunePeakError as error:
                 if teacher is not None:
                     raise
@@ -99,16 +102,25 @@ class Whole:
                 return Outputs(logits)
             return Outputs(logits | {"cached decoding": steps}, tokens)
 
-    def _decode(self, prompt: Tensor, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
+    def _decode(self, batch: Batch, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
         """The logits and the tokens of greedy decoding, (probes, steps, vocabulary) and (probes, steps)."""
         cache = run(self.source, DynamicCache, config=self.model.config)
-        output = run(self.source, self.model, prompt, past_key_values=cache, use_cache=True)
+        prompt, name, kept = batch["input_ids"], "input_ids", {}
+        if self.source.reads_pairs:  # the encoder runs once
+            cache, prompt, name = (
+                run(self.source, EncoderDecoderCache, cache, DynamicCache()),
+                batch[DECODER_IDS],
+                DECODER_IDS,
+            )
+            states = run(self.source, self.model.get_encoder(), batch["input_ids"])
+            kept = {"encoder_outputs": states}
+        output = run(self.source, self.model, **{name: prompt}, **kept, past_key_values=cache, use_cache=True)
         steps, tokens = [], []
         for step in range(min(DECODED, (self.source.positions or 128) - prompt.shape[1])):
             steps.append(output.logits[:, -1].float())
             tokens.append(steps[-1].argmax(-1))
             fed = tokens[-1] if teacher is None or teacher.decoded is None else teacher.decoded[:, step]
-            output = run(self.source, self.model, fed[:, None], past_key_values=cache, use_cache=True)
+            output = run(self.source, self.model, **{name: fed[:, None]}, **kept, past_key_values=cache, use_cache=True)
         return torch.stack(steps, dim=1), torch.stack(tokens, dim=1)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
 from .errors import PrunePeakError, brief
-from .models.families import tensors_by_block
+from .models.families import computed_names, tensors_by_block
 from .models.loading import ModelSpec
 from .models.miniature import build_miniature
 from .options import OWN
@@ -131,7 +131,8 @@ def _prune(model: PreTrainedModel, conversion: Conversion, plan: dict[str, SiteP
         tensors |= conversion.prune(block, {name: state[name] for name in names}, plan)
     pruned: PreTrainedModel = conversion.model_class(conversion.config).eval()
     pruned.config.use_cache = False
-    missing = set(pruned.load_state_dict(tensors, strict=False).missing_keys) - set(pruned.all_tied_weights_keys)
+    missing = set(pruned.load_state_dict(tensors, strict=False).missing_keys)
+    missing -= {*pruned.all_tied_weights_keys, *computed_names(pruned)}
     for name in missing:
         pruned.get_parameter(name).data.zero_()  # a bias that the class opens beside the one that is needed
     pruned.tie_weights()

@@ -214,7 +214,7 @@ def prepare_heal(folder: Path, options: HealOptions) -> HealJob:
             f"{folder} is healed already. Heal the folder that compress wrote, with more {spell('tokens')}."
         )
     model = open_model(str(folder))
-    if not model.meta_model.can_generate():
+    if not model.meta_model.can_generate() or model.reads_pairs:
         raise PrunePeakError(
             f"{folder} is a {model.model_class.__name__}; heal supports causal language models only so far."
         )

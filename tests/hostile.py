@@ -333,7 +333,7 @@ CONFIG = {
     "type a list": (config(model_type=["llama"]), "the model type ['llama']"),
     "type with escapes": (config(model_type=ESCAPES), r"\x1b]0;owned\x07\x1b[31m\nError: all is well"),
     "type of a megabyte": (config(model_type="x" * 2**20), "..."),
-    "encoder-decoder": (config(model_type="t5", is_encoder_decoder=True), "an encoder-decoder"),
+    "decoder of an encoder": (config(is_encoder_decoder=True), "one half of an encoder-decoder"),
     "experts": (
         config(model_type="mixtral", num_local_experts=8, architectures=["MixtralForCausalLM"]),
         "are not part of MixtralForCausalLM",

@@ -75,8 +75,8 @@ def state_readme() -> list[str]:
         f"{healing[2]['perplexity'][1]:.2f} before healing, then {first} and {second} tokens",
         f"{talk[1]['loops']} of 40 answers loop before healing and {talk[2]['loops']} after (original: "
         f"{talk[0]['loops']})",
-        f"Of the types of transformers {release}, {counts[0]} causal language models, {counts[1]} masked ones and "
-        f"{counts[2]} image classifiers",
+        f"Of the types of transformers {release}, {counts[0]} causal language models, {counts[1]} masked ones, "
+        f"{counts[2]} encoder-decoders and {counts[3]} image classifiers",
     ]
 
 
@@ -306,7 +306,7 @@ def describe_experts() -> str:
     return make_table(["pruned", "chosen by", *(f"seed {seed}" for seed in range(len(runs)))], rows)
 
 
-HEADS = {"causal": "causal language", "masked": "masked language", "image": "image"}
+HEADS = {"causal": "causal language", "masked": "masked language", "seq2seq": "sequence-to-sequence", "image": "image"}
 
 
 def count_types(types: dict[str, Any], head: str) -> str:

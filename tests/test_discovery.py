@@ -26,7 +26,7 @@ from prune_peak.io.checkpoint import Checkpoint
 from prune_peak.models import config_checks
 from prune_peak.models.asking import Asked
 from prune_peak.models.attention_discovery import discover_attention
-from prune_peak.models.discovery import discover_family, discover_mlps
+from prune_peak.models.discovery import discover_family, discover_stacks
 from prune_peak.models.families import FAMILIES
 from prune_peak.models.loading import ModelSpec, open_model
 from prune_peak.models.miniature import build_miniature
@@ -71,16 +71,17 @@ def test_the_class_tells_what_the_table_says(model_type: str) -> None:
     tiny = FIRST[model_type]
     asked = Asked(getattr(transformers, f"{tiny.family}{tiny.head}"), tiny.configure())
     row = FAMILIES[model_type]
-    blocks, [mlp], *_, pooler = discover_mlps(asked)
-    assert pooler == row.pooler
-    assert blocks == row.blocks
-    found = (mlp.input_projections, mlp.output_projection, mlp.width_key)
-    assert found == (row.mlp.input_projections, row.mlp.output_projection, row.mlp.width_key)
+    [found] = discover_stacks(asked)
+    [mlp] = found.mlps
+    assert found.pooler == row.pooler
+    assert found.blocks == row.blocks
+    projections = (mlp.input_projections, mlp.output_projection, mlp.width_key)
+    assert projections == (row.mlp.input_projections, row.mlp.output_projection, row.mlp.width_key)
     if model_type not in PARALLEL and not asked.has_bias(mlp.output_projection):
         opened = asked.bias_keys([mlp.output_projection])
         declared = row.mlp.bias_key if row.mlp.bias_key in asked.config.to_dict() else None
         assert opened.get(mlp.output_projection) == declared
-    attention, _ = discover_attention(asked, blocks)
+    attention, _ = discover_attention(asked, found.blocks)
     if attention is not None:
         assert row.attention is not None
         expected = (row.attention.query, row.attention.key, row.attention.value, row.attention.output_projection)
@@ -126,7 +127,6 @@ def test_every_head_class(model_type: str, class_name: str) -> None:
     {
         "bitnet": "something else reads its neurons",  # a norm over them
         "bloom": "No key of its config is a width",
-        "funnel": "several lists of blocks share it",
         "mamba": "has no input projections of its own",
         "llama4_text": "experts, or a convolution",
     }.items(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.families import FAMILIES, Family, blocks_path, tensors_by_block
+from ..models.families import FAMILIES, Family, blocks_path, computed_names, tensors_by_block
 from ..models.loading import ModelSpec
 from ..options import OWN
 from ..sites.plan import SitePlan
@@ -63,7 +63,7 @@ class Conversion:
         layout: Layout = {}
         class_name = self.model_class.__name__
         for name, empty in state.items():
-            if name in tied:
+            if name in tied or name in computed_names(self.meta_model):
                 continue
             shape = tuple(empty.shape)
             if name in converted:

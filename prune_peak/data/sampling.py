@@ -10,6 +10,7 @@ from ..errors import PrunePeakError, UsageError, spell
 from ..models.loading import Model
 from ..options import FIRST_PART, SELF, DataOptions
 from .images import choose_images
+from .pairs import answer, read_pairs
 from .self_generated import generate_windows
 from .texts import read_windows
 from .windows import Windows, held_out_count, join, name_data, split_samples, window_length
@@ -54,7 +55,7 @@ def _sample_one(
 
 
 def _check_enough(name: str, windows: Tensor, samples: int, strict: bool) -> None:
-    what = "images" if windows.is_floating_point() else f"windows of {windows.shape[1]} tokens"
+    what = "images" if windows.is_floating_point() else f"windows of {windows.shape[-1]} tokens"
     found = len(windows)
     if found < samples and strict:
         raise PrunePeakError(
@@ -70,15 +71,12 @@ def draw_windows(
     """Windows of a text, drawn at random, some of them held out; or of text that the model generates."""
     if name == SELF:
         return generate_windows(model, samples, length, seed)
-    windows = read_windows(name, model, length, reading)
+    windows = (read_pairs if model.reads_pairs else read_windows)(name, model, length, reading)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     held = min(held_out_count(samples), len(windows) // 4)
     samples = min(samples, len(windows) - held)
-    return Windows(
-        source=name_data(name),
-        calibration=windows[order[:samples].sort().values],
-        held_out=windows[order[samples : samples + held].sort().values],
-    )
+    parts = [windows[order[:samples].sort().values], windows[order[samples : samples + held].sort().values]]
+    return Windows(name_data(name), *(answer(model, *parts) if model.reads_pairs else parts))
 
 
 def split_windows(

@@ -66,10 +66,10 @@ def generate_tokens(model: Model, count: int, length: int, seed: int) -> Tensor:
         UsageError: windows of fewer than 3 tokens.
         PrunePeakError: the model generates no text, or its tokenizer has neither BOS nor EOS.
     """
-    if not model.meta_model.can_generate():
+    if not model.meta_model.can_generate() or model.reads_pairs:
+        lacks = "writes only what a text asks for" if model.reads_pairs else "generates no text"
         raise PrunePeakError(
-            f"{model.name} is a {model.model_class.__name__}, which generates no text; pass a text with "
-            f"{spell('calibration')}."
+            f"{model.name} is a {model.model_class.__name__}, which {lacks}; pass a text with {spell('calibration')}."
         )
     if length < 3:
         raise UsageError(f"{spell('sequence_length', length)}: expected at least 3 for text that the model generates.")

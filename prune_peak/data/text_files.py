@@ -19,7 +19,19 @@ REFUSED = (
 )
 RECORD = 'a "text", like {"text": "..."}, or "messages", like {"messages": [{"role": "user", "content": "..."}]}'
 
-# One text, or the messages of one chat
+
+class Answered(str):
+    """A text with what a model is to make of it."""
+
+    target: str
+
+    def __new__(cls, text: str, target: str) -> "Answered":
+        answered = super().__new__(cls, text)
+        answered.target = target
+        return answered
+
+
+# One text, with a target or without, or the messages of one chat
 Record = str | list[dict[str, Any]]
 
 
@@ -72,6 +84,7 @@ def limit_records(records: Iterable[Record]) -> list[Record]:
 
 def check_record(record: Any, where: str, column: str | None = None) -> Record:
     """The text or the messages of a record, or what a column of it holds."""
+    target = record.get("target") if isinstance(record, Mapping) else None
     if column is not None:
         value = record.get(column) if isinstance(record, Mapping) else None
         record = {"text": value, "messages": value}
@@ -85,7 +98,7 @@ def check_record(record: Any, where: str, column: str | None = None) -> Record:
             except ValueError:
                 messages = None
         if isinstance(text, str) and _is_text(text):
-            return text
+            return Answered(text, target) if isinstance(target, str) and _is_text(target) else text
         if messages and isinstance(messages, list) and all(map(_is_message, messages)):
             return [dict(message) for message in messages]
     expected = f"an object with {RECORD}" if column is None else f"text, or messages of a chat, in the column {column}"
@@ -172,7 +185,8 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Record]:
         ) from None
     try:
         file = parquet.ParquetFile(path)
-        columns = _find_columns(path, file.schema_arrow.names, column)
+        names = file.schema_arrow.names
+        columns = [*_find_columns(path, names, column), *({"target"} & {*names})]
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             for record in batch.to_pylist():
                 yield check_record(record, str(path), column)

@@ -1,5 +1,6 @@
 """Text files and Hub data sets, and their windows of tokens."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,7 +98,11 @@ def tokenize_text(
     Raises:
         PrunePeakError: the text does not exist, or is shorter than one window.
     """
-    texts = read_texts(name, tokenizer, reading)
+    return tokenize_windows(name, read_texts(name, tokenizer, reading), tokenizer, length)
+
+
+def tokenize_windows(name: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """Texts of one data set as consecutive windows, as `tokenize_text` gives them."""
     separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
     try:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..errors import PrunePeakError
 from ..models.execution import BATCH_TOKENS
-from ..models.loading import IMAGES, Model
-from ..models.stream import Batch
+from ..models.loading import DECODER_IDS, IMAGES, Model
+from ..models.stream import MASKS, Batch
 from ..options import SELF
 
 IGNORED = -100  # target that cross-entropy leaves out
+PADDING = IGNORED  # after the tokens of a pair of windows
 BATCH_IMAGES = 16  # of about 200 patches each
 
 
@@ -24,8 +25,9 @@ class Windows:
     """Token windows to calibrate on, and others of the same data, held out for evaluation; or images."""
 
     source: str  # the name of the data
-    calibration: Tensor  # (windows, length) int64; or (images, channels, height, width) float32
-    held_out: Tensor  # (windows, length); no images
+    # (windows, length) int64; of an encoder-decoder (pairs, 2, length), padded with `PADDING`; or images, float32
+    calibration: Tensor
+    held_out: Tensor  # the same of others; no images
 
     @property
     def digest(self) -> str:
@@ -75,4 +77,17 @@ def into_batches(windows: Tensor, tokens: int = BATCH_TOKENS) -> list[Batch]:
     """Windows of equal length as inputs of a forward pass, about `tokens` at a time; or images, 16 at a time."""
     if windows.is_floating_point():
         return [{IMAGES: part} for part in windows.split(BATCH_IMAGES)]
-    return [{"input_ids": part} for part in windows.split(max(1, tokens // windows.shape[1]))]
+    parts = windows.split(max(1, tokens // windows.shape[-1]))
+    return [{"input_ids": part} if part.dim() == 2 else _pair_batch(part) for part in parts]
+
+
+def _pair_batch(pairs: Tensor) -> Batch:
+    """Pairs, (pairs, 2, length), as inputs of an encoder and its decoder, each as long as its longest window."""
+    batch: Batch = {}
+    for name, mask_name, windows in zip(("input_ids", DECODER_IDS), MASKS, pairs.unbind(1), strict=True):
+        windows = windows[:, : int((windows != PADDING).sum(1).max())]
+        mask = windows != PADDING
+        batch[name] = windows.masked_fill(~mask, 0)
+        if not bool(mask.all()):
+            batch[mask_name] = mask.long()
+    return batch

@@ -55,7 +55,7 @@ def measure_latency(models: Sequence[str], dtype: str | None = None, revision: s
     """
     sources = [open_model(model, revision) for model in models]
     for source in sources:
-        if not source.meta_model.can_generate():
+        if not source.meta_model.can_generate() or source.reads_pairs:
             raise PrunePeakError(f"{source.name} is a {source.model_class.__name__}, which generates no text to time.")
     types = [dtype or default_dtype(source) for source in sources]
     prompt = min([PROMPT, *(source.positions - DECODED for source in sources if source.positions)])

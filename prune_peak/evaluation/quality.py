@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..data.images import read_labelled
+from ..data.pairs import read_pairs
 from ..data.texts import load_tokenizer, read_windows
-from ..data.windows import BATCH_IMAGES, IGNORED, Windows, into_batches, join, name_data, window_length
+from ..data.windows import BATCH_IMAGES, IGNORED, PADDING, Windows, into_batches, join, name_data, window_length
 from ..errors import PrunePeakError, spell
 from ..models.execution import ExecutionConfig
-from ..models.loading import Model
+from ..models.loading import DECODER_IDS, Model
 from ..models.stream import Batch
 from ..models.whole import open_stream
 from ..options import EVALUATED, FIRST_PART, DataOptions
@@ -81,17 +82,24 @@ def is_evaluable(model: Model) -> bool:
 
 
 def _is_masked(model: Model) -> bool:
-    return model.model_class.__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return not model.reads_pairs and model.model_class.__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
 def build_eval_set(model: Model, windows: Tensor, text: str) -> EvalSet:
-    """Predict every next token of windows, (windows, length); or, for a masked LM, the masked tokens.
+    """Predict every next token of windows, (windows, length), or of the decoder's, (pairs, 2, length); or, for a
+    masked LM, the masked tokens.
 
     A seeded 15 % of the ordinary tokens of each window are masked.
 
     Raises:
         PrunePeakError: a masked LM whose tokenizer has no mask token.
     """
+    if model.reads_pairs:
+        batches = into_batches(windows, tokens=1)
+        next_tokens = [batch[DECODER_IDS].roll(-1, dims=1) for batch in batches]  # no padding in one pair
+        for each in next_tokens:
+            each[:, -1] = IGNORED
+        return EvalSet(PERPLEXITY, f"targets of {text}", batches, next_tokens)
     if not _is_masked(model):
         targets = windows.roll(-1, dims=1)
         targets[:, -1] = IGNORED
@@ -125,7 +133,12 @@ def build_given_eval_set(
     if not is_evaluable(model):
         raise PrunePeakError(f"{model.name} is a {model.model_class.__name__}, which predicts no text to evaluate.")
     length = window_length(model, sequence_length)
-    found = torch.cat([read_windows(name, model, length, reading)[:windows] for name in data])
+    read = read_pairs if model.reads_pairs else read_windows
+    found = torch.cat([read(name, model, length, reading)[:windows] for name in data])
+    if model.reads_pairs and bool((found[:, 1] == PADDING).all(1).any()):
+        raise PrunePeakError(
+            f"{' and '.join(data)} has no targets; expected rows with a text and a target to evaluate."
+        )
     return build_eval_set(model, found[:windows], " and ".join(map(name_data, data)))
 
 
@@ -228,7 +241,7 @@ def summarize_scores(eval_set: EvalSet, scores: WindowScores, dtype: torch.dtype
         accuracy=accuracy,
         accuracy_error=accuracy_error,
         windows=len(scores.losses),
-        length=eval_set.targets[0].shape[1],
+        length=max(targets.shape[1] for targets in eval_set.targets),
         tokens=sum(int((targets != IGNORED).sum()) for targets in eval_set.targets),
         text=eval_set.text,
         dtype=str(dtype).removeprefix("torch."),

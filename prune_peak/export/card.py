@@ -16,6 +16,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from yaml import YAMLError
 
 from ..data.data_sets import is_repo_id
@@ -68,7 +69,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         conclusion=_conclude(recipe),
         summary=_summarize(recipe),
         rows=list(_rows(recipe)),
-        latency=source.meta_model.can_generate(),
+        latency=source.meta_model.can_generate() and not source.reads_pairs,
         protocol=_describe_protocol(recipe["quality"]["before"]) if recipe["quality"]["before"] else None,
         picture=PICTURE if picture else None,
         refit=recipe["options"]["refit"],
@@ -182,6 +183,8 @@ def _inherit(source: Model) -> dict[str, Any]:
 def find_task(model_class: type[PreTrainedModel]) -> str:
     """The Hub's task of a class."""
     task: str
+    if model_class.__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "text2text-generation"
     for task, names in TASK_MAPPING.items():
         for found in names.values():
             if model_class.__name__ in ([found] if isinstance(found, str) else found):

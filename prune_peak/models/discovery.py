@@ -7,11 +7,12 @@ small random model of the same class before it is used (`prune_peak.proof`).
 
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PrunePeakError
@@ -20,7 +21,7 @@ from .attention_discovery import changed_neurons, discover_attention, is_grouped
 from .config_keys import all_keys, read_key
 from .expert_discovery import find_experts
 from .families import MLP, Experts, Family, blocks_path, find_blocks
-from .miniature import build_miniature
+from .miniature import DECODER_IDS, build_miniature
 from .recording import is_streamable
 
 TELLING = re.compile(r"intermediate|ffn|inner|mlp|(^|_)ff(_|$)|d_?ff|feed|hidden_dim|expansion", re.IGNORECASE)
@@ -46,48 +47,92 @@ def add_experts(family: Family, model_class: type[PreTrainedModel], config: PreT
     """A family of the table, with the experts that some of its models have."""
     if not any("expert" in key for key, _ in all_keys(config)):
         return family
-    return replace(family, experts=discover_mlps(Asked(model_class, config))[2])
+    return replace(family, experts=discover_stacks(Asked(model_class, config))[0].experts)
 
 
 def _discover(asked: Asked) -> Family:
-    blocks, mlps, experts, left_whole, pooler = discover_mlps(asked)
-    attention, unseen = discover_attention(asked, blocks)
-    outputs = [mlp.output_projection for mlp in mlps] + ([] if attention is None else [attention.output_projection])
-    keys = asked.bias_keys(outputs)
+    found = discover_stacks(asked)
     model, inputs = build_miniature(asked.model_class, asked.config)
+    stacks = _reached(found, model, inputs) if len(found) > 1 else found
+    first, *others = (_complete(asked, stack, model, inputs) for stack in stacks)
+    if others:
+        return replace(first, streamable=False, others=tuple(others))
+    return replace(first, streamable=is_streamable(model, find_blocks(model, first), inputs))
+
+
+def _complete(asked: Asked, stack: Family, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Family:
+    """A list of blocks with its attention, and with the keys that open biases."""
+    attention, unseen = discover_attention(asked, stack.blocks)
+    outputs = [mlp.output_projection for mlp in stack.mlps]
+    keys = asked.bias_keys(outputs + ([] if attention is None else [attention.output_projection]))
     mlps = [
         replace(
             mlp,
             bias_key=keys.get(mlp.output_projection),
-            interleaved=_is_fused(asked, mlp) and _is_interleaved(asked, blocks, mlp, model, inputs),
+            interleaved=_is_fused(asked, mlp) and _is_interleaved(asked, stack.blocks, mlp, model, inputs),
         )
-        for mlp in mlps
+        for mlp in stack.mlps
     ]
-    family = Family(
-        asked.config.model_type,
-        blocks,
-        mlps[0] if mlps else None,
-        other_mlps=tuple(mlps[1:]),
-        experts=experts,
-        pooler=pooler,
-        left_whole=left_whole,
-        attention_unseen=unseen,
-        discovered=True,
-    )
+    family = _with_mlps(stack, mlps)
     if attention is not None:
         attention = replace(attention, bias_key=keys.get(attention.output_projection))
         if attention.key == attention.query:
             grouped = is_grouped(attention, blocks_path(model, family), model, inputs)
             unseen = "" if grouped is not None else f"the order of the rows of {attention.query} is unknown"
             attention = None if grouped is None else replace(attention, grouped_qkv=grouped)
-    streamable = is_streamable(model, find_blocks(model, family), inputs)
-    return replace(family, attention=attention, attention_unseen=unseen, streamable=streamable)
+    return replace(family, attention=attention, attention_unseen=unseen)
 
 
-def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[str, str], str | None]:
-    """The path of the list of blocks, the MLPs and experts that its blocks can have, and keys that are no widths.
+@torch.inference_mode()
+def _reached(stacks: Sequence[Family], model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Family]:
+    """The lists of blocks that the inputs reach, in the order that they run; the first names the others.
 
-    Last, the path of a module after the blocks that has an MLP like theirs.
+    Raises:
+        PrunePeakError: those that are reached share their widths with others.
+    """
+    tokens: dict[str, int] = {}  # that a list of blocks reads
+    with ExitStack() as hooks:
+        for stack in stacks:
+            parts = [mlp.output_projection for mlp in stack.mlps] + ([stack.experts.module] if stack.experts else [])
+            for name, module in model.named_modules():
+                if name.startswith(f"{blocks_path(model, stack)}.") and name.endswith(tuple(f".{p}" for p in parts)):
+
+                    def see(_: nn.Module, args: tuple[Tensor, ...], path: str = stack.blocks) -> None:
+                        tokens.setdefault(path, args[0].numel() // args[0].shape[-1])
+
+                    hooks.callback(module.register_forward_pre_hook(see).remove)
+        model(**inputs)
+    others = [stack for stack in stacks if stack.blocks not in tokens]
+    whole = {mlp.width_key: f"it belongs to {stack.blocks}" for stack in others for mlp in stack.mlps}
+    read = inputs[DECODER_IDS].numel() if DECODER_IDS in inputs else None
+    found = []
+    for path, count in tokens.items():
+        stack = next(each for each in stacks if each.blocks == path)
+        mlps = [mlp for mlp in stack.mlps if mlp.width_key not in whole]
+        whole |= {mlp.width_key: "several lists of blocks share it" for mlp in stack.mlps if mlp.width_key in whole}
+        if mlps or stack.experts:
+            found.append(replace(_with_mlps(stack, mlps), reads_decoder_ids=count == read))
+    if not found:
+        raise _nothing(type(model), whole)
+    return [replace(found[0], left_whole={**found[0].left_whole, **whole}), *found[1:]]
+
+
+def _with_mlps(stack: Family, mlps: Sequence[MLP]) -> Family:
+    return replace(stack, mlp=mlps[0] if mlps else None, other_mlps=tuple(mlps[1:]))
+
+
+def _nothing(model_class: type[PreTrainedModel], seen: Mapping[str, str]) -> PrunePeakError:
+    """The reason why nothing can be pruned."""
+    return PrunePeakError(
+        f"{model_class.__name__} has no MLP that can be pruned. "
+        f"{'; '.join(map(': '.join, seen.items())) or 'No key of its config is a width'}."
+    )
+
+
+def discover_stacks(asked: Asked) -> list[Family]:
+    """The lists of blocks, each with the MLPs and experts that its blocks can have, and a pooler like them.
+
+    The first one has the keys that are no widths, too.
 
     Raises:
         PrunePeakError: there is none; the message says what was seen.
@@ -116,14 +161,18 @@ def discover_mlps(asked: Asked) -> tuple[str, list[MLP], Experts | None, dict[st
             if reason.args:
                 left_whole[key] = str(reason)
     if not found and not experts:
-        raise PrunePeakError(
-            f"{asked.model_class.__name__} has no MLP that can be pruned. "
-            f"{'; '.join(map(': '.join, left_whole.items())) or 'No key of its config is a width'}."
+        raise _nothing(asked.model_class, left_whole)
+    stacks = []
+    for blocks in dict.fromkeys([*experts, *(path for path, _ in found)]):
+        bare = Family(
+            asked.config.model_type,
+            blocks,
+            experts=experts.get(blocks),
+            pooler=poolers.get(blocks),
+            discovered=True,
         )
-    blocks = next(iter([*experts, *(path for path, _ in found)]))
-    left_whole |= {mlp.width_key: f"it belongs to {path}" for (path, _), mlp in found.items() if path != blocks}
-    mlps = [mlp for (path, _), mlp in found.items() if path == blocks]
-    return blocks, mlps, experts.get(blocks), left_whole, poolers.get(blocks)
+        stacks.append(_with_mlps(bare, [mlp for (path, _), mlp in found.items() if path == blocks]))
+    return [replace(stacks[0], left_whole=left_whole), *stacks[1:]]
 
 
 def _width_keys(config: PreTrainedConfig) -> Iterator[str]:
@@ -179,8 +228,6 @@ def _describe(asked: Asked, key: str, moved: Mapping[str, int]) -> list[tuple[st
             modules.append(module)
     if not inputs or not outputs:
         raise NotDiscovered("it changes only rows, or only columns, of the matrices of nn.Linear or Conv1D")
-    if len({path for path, _ in outputs}) > 1:
-        raise NotDiscovered("several lists of blocks share it")
     found: list[tuple[str, MLP]] = []
     for (path, block), projections in outputs.items():
         for output in projections:

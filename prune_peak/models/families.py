@@ -4,11 +4,21 @@ To add a family, add one row to FAMILIES and one tiny config to `tests/tiny.py`;
 Counts, widths, layer types and biases are read from the stock class (`sites`).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PreTrainedModel
+
+# names of lists of blocks, and the words of their paths
+STACKS = {
+    "vision": "vis(ion|ual)|image",
+    "audio": "audio|speech",
+    "text": "text|language",
+    "decoder": "decoder",
+    "encoder": "encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,23 @@ class Family:
     attention_unseen: str = ""  # why no attention was found in the class
     streamable: bool = True  # its blocks can run one by one
     discovered: bool = False  # asked of the class (models/discovery.py), not a row of the table
+    reads_decoder_ids: bool = False  # its tokens are the decoder's, in a model that has an encoder too
+    others: tuple["Family", ...] = ()  # the same of the model's other lists of blocks, in the order that they run
+
+    @property
+    def stacks(self) -> tuple["Family", ...]:
+        """What can be pruned in each list of blocks. Block numbers count on from one list to the next."""
+        return self, *self.others
+
+    @property
+    def stack(self) -> str:
+        """The name of the list of blocks: encoder, decoder, text, vision, audio, or its path.
+
+        Example:
+            >>> Family("t5", "encoder.block").stack, Family("clip", "vision_model.encoder.layers").stack
+            ('encoder', 'vision')
+        """
+        return next((name for name, words in STACKS.items() if re.search(words, self.blocks)), self.blocks)
 
     @property
     def mlps(self) -> tuple[MLP, ...]:
@@ -246,27 +273,43 @@ FAMILIES = {
 
 def tensors_by_block(model: PreTrainedModel, family: Family) -> dict[int | None, list[str]]:
     """Tensor names by block index (a pooler counts as one more block; None: all others), without tied copies."""
-    path = f"{blocks_path(model, family)}."
-    follower = path.removesuffix(f"{family.blocks}.") + f"{family.pooler}."
+    paths = {path: index for index, path in enumerate(block_paths(model, family))}
+    prefix = blocks_path(model, family).removesuffix(family.blocks)
+    followers = tuple(f"{prefix}{stack.pooler}." for stack in family.stacks if stack.pooler)
     tied = {name for name, first in model.all_tied_weights_keys.items() if name != first}
-    blocks = len(find_blocks(model, family))
-    parts: dict[int | None, list[str]] = {None: [], **{block: [] for block in range(blocks)}}
+    parts: dict[int | None, list[str]] = {None: [], **{block: [] for block in paths.values()}}
+    numbered = re.compile(rf"^({'|'.join(re.escape(blocks_path(model, stack)) for stack in family.stacks)})\.\d+(?=\.)")
     for name in model.state_dict():
-        if name.startswith(path):
-            parts[int(name.removeprefix(path).split(".")[0])].append(name)
-        elif name not in tied:
-            parts.setdefault(blocks if name.startswith(follower) else None, []).append(name)
+        inside = numbered.match(name)
+        if inside is not None:
+            parts[paths[inside.group()]].append(name)
+        elif name not in tied and name not in computed_names(model):
+            parts.setdefault(len(paths) if name.startswith(followers) else None, []).append(name)
     return parts
 
 
+def computed_names(model: PreTrainedModel) -> set[str]:
+    """Tensors that a class computes and never saves (Marian's positions)."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def block_paths(model: PreTrainedModel, family: Family) -> list[str]:
+    """The paths of all blocks of a model, list after list; a block's number is its place here."""
+    return [
+        f"{blocks_path(model, stack)}.{index}"
+        for stack in family.stacks
+        for index in range(len(find_blocks(model, stack)))
+    ]
+
+
 def blocks_path(model: PreTrainedModel, family: Family) -> str:
-    """Path of the list of blocks in a model with or without a head."""
+    """Path of the (first) list of blocks in a model with or without a head."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     return prefix + family.blocks
 
 
 def find_blocks(model: PreTrainedModel, family: Family) -> nn.ModuleList:
-    """The list of blocks."""
+    """The (first) list of blocks."""
     blocks = model.get_submodule(blocks_path(model, family))
     assert isinstance(blocks, nn.ModuleList)
     return blocks

@@ -29,6 +29,7 @@ def detect_class(config: PreTrainedConfig, checkpoint: Checkpoint | None) -> str
         return base if is_encoder or kind not in lm else lm[kind].__name__
     heads = [
         lm,
+        transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
         transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,

@@ -44,7 +44,9 @@ from .config_keys import image_size, vision_config
 from .discovery import add_experts, discover_family
 from .families import Family
 from .head_detection import detect_class
+from .miniature import DECODER_IDS as DECODER_IDS  # exported
 from .miniature import IMAGES as IMAGES  # exported
+from .miniature import takes_decoder_ids
 from .weight_names import Merged, check_shapes, match_names
 
 
@@ -93,6 +95,11 @@ class ModelSpec:
     def sees_images(self) -> bool:
         """Whether the inputs are images rather than tokens."""
         return bool(self.model_class.main_input_name == IMAGES)
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether it reads pairs of token windows: one of its encoder, one of its decoder."""
+        return not self.sees_images and takes_decoder_ids(self.model_class)
 
     @property
     def vocabulary(self) -> int:

@@ -1,6 +1,7 @@
 """A small model of the same class: the config shrunk by rule, with random weights that no mistake can hide behind."""
 
 import copy
+import inspect
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PrunePeakError, brief
 from .config_checks import build_meta_model
 from .config_keys import image_size, vision_config
+from .families import computed_names
 
 LAYERS = re.compile(r"(^|_)(n_?|num_)?(hidden_|encoder_|decoder_)?(layers?|depth|blocks)$")
 VOCABULARY, TOKENS = re.compile(r"vocab_size$|^n_words$"), re.compile(r"(token_id|token_index|_idx)$")
@@ -28,6 +30,7 @@ NOT_WIDTH = re.compile(
     r"vocab|patch|image|window|kernel|stride|type|group|num_channels|chunk|block|bucket|^n_(?!embd|inner)|num_|max|conv"
 )
 IMAGES = "pixel_values"  # name of the input, (images, channels, height, width)
+DECODER_IDS = "decoder_input_ids"  # name of the second input of an encoder-decoder, (texts, tokens)
 STAGES = {"out_features", "out_indices", "stage_names"}  # of backbones, computed from the number of blocks
 MOST_PARAMETERS, MOST_PIXELS = 100_000_000, 2**22
 MOST_VALUE = 2**16  # of other keys; a config can ask for a loop without end
@@ -137,8 +140,8 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
     """Weights of a size that shows every neuron in the output, and biases and norms that are not 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_floating_point():
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point() or name in computed_names(model):
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
@@ -149,7 +152,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
 
 
 def make_inputs(model: PreTrainedModel, rows: int = 2, length: int = 12) -> dict[str, Tensor]:
-    """Random inputs: token ids, or images."""
+    """Random inputs: token ids, also of the decoder beside an encoder; or images."""
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == IMAGES:
         config = vision_config(model.config)
@@ -162,7 +165,16 @@ def make_inputs(model: PreTrainedModel, rows: int = 2, length: int = 12) -> dict
     if takes_one_text(type(model), model.config):
         rows = 1
     shape = (rows, 2, length) if takes_choices(type(model)) else (rows, length)
-    return {"input_ids": torch.randint(min(6, vocabulary - 1), vocabulary, shape, generator=generator)}
+    inputs = {"input_ids": torch.randint(min(6, vocabulary - 1), vocabulary, shape, generator=generator)}
+    if takes_decoder_ids(type(model)):  # of another length, so that the tokens of both can be told apart
+        shape = (rows, length - length // 4)
+        inputs[DECODER_IDS] = torch.randint(min(6, vocabulary - 1), vocabulary, shape, generator=generator)
+    return inputs
+
+
+def takes_decoder_ids(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a class has a decoder that reads tokens of its own, beside an encoder."""
+    return DECODER_IDS in inspect.signature(model_class.forward).parameters
 
 
 def takes_choices(model_class: type[PreTrainedModel]) -> bool:

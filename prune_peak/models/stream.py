@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from .loading import Model
 
-# Keyword arguments of the model's forward: input_ids and optionally attention_mask, or pixel_values
+# Keyword arguments of the model's forward: input_ids and optionally attention_mask, or pixel_values; for an
+# encoder-decoder also decoder_input_ids and optionally decoder_attention_mask
 Batch = dict[str, Tensor]
+MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 class Step(ABC):

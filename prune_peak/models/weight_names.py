@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 
 from ..errors import PrunePeakError
 from ..io.checkpoint import Checkpoint
+from .families import computed_names
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,8 @@ def split_merged(meta_model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> 
 def check_shapes(checkpoint: Checkpoint, meta_model: PreTrainedModel, found: Names, tied: Mapping[str, str]) -> None:
     """Refuse missing tensors, and shapes or kinds of number that differ between class and checkpoint."""
     class_name, state, names = type(meta_model).__name__, meta_model.state_dict(), found.plain
-    missing = [name for name in state if tied.get(name, name) not in {*names, *found.merged}]
+    known = {*names, *found.merged, *computed_names(meta_model)}
+    missing = [name for name in state if tied.get(name, name) not in known]
     if missing:
         raise PrunePeakError(
             f"{checkpoint.folder} lacks {len(missing)} tensors that {class_name} needs: {_few(missing)}. "

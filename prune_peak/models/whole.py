@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..progress import phase
 from .asking import is_pointwise
 from .execution import ExecutionConfig
-from .families import find_blocks
+from .families import block_paths
 from .forward import run
 from .loading import Model
 from .miniature import takes_choices, takes_one_text
@@ -32,7 +32,8 @@ class WholeRun(Step):
     model: PreTrainedModel
     covered: range
     _batches: Sequence[Batch]
-    _counted: dict[torch.Size, Counter[str]] = field(default_factory=dict)  # rows by module, for each shape of a batch
+    # rows by module, for the shapes of each batch
+    _counted: dict[tuple[torch.Size, ...], Counter[str]] = field(default_factory=dict)
 
     def covers(self, block: int) -> bool:
         return block in self.covered
@@ -40,10 +41,10 @@ class WholeRun(Step):
     def rows(self, name: str, masks: Sequence[Tensor | None] = ()) -> list[int]:
         counts = []
         for batch, mask in zip(self._batches, masks or [None] * len(self._batches), strict=True):
-            shape = next(iter(batch.values())).shape
-            if shape not in self._counted:
-                self._counted[shape] = _count_rows(self.source, self.model, batch)
-            rows = self._counted[shape][name]
+            shapes = tuple(values.shape for values in batch.values())
+            if shapes not in self._counted:
+                self._counted[shapes] = _count_rows(self.source, self.model, batch)
+            rows = self._counted[shapes][name]
             if mask is not None and rows % mask.numel() == 0:
                 rows = rows // mask.numel() * int(mask.sum())
             counts.append(rows)
@@ -65,7 +66,7 @@ class WholeStream(Stream):
         self.model = source.load(dtype)
         self.model.config.use_cache = False
         self._batches = batches
-        self.blocks = len(find_blocks(self.model, source.family))
+        self.blocks = len(block_paths(self.model, source.family))
         self._groups = [
             range(first, first + BLOCKS_AT_ONCE) for first in range(0, self.blocks + 1, BLOCKS_AT_ONCE)
         ]  # one block more, for what follows the blocks

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunePeakError, UsageError, spell
-from ..models.families import Family, blocks_path, find_blocks
+from ..models.families import Family, block_paths, blocks_path, find_blocks
+from ..models.stream import MASKS
 from ..options import HEAD
 from .attention import Attention
 from .expert_mlp import ExpertMlp
@@ -43,7 +45,9 @@ MIXERS = {
 
 def labels(family: Family | None = None) -> list[str]:
     """The names of what can be pruned, in any model or in those of a family: mlp, experts, expert-mlp, attention."""
-    return sorted({kind.label for kind in SITE_KINDS if family is None or kind.exists_in(family)}, reverse=True)
+    return sorted(
+        {kind.label for kind in SITE_KINDS if family is None or any(map(kind.exists_in, family.stacks))}, reverse=True
+    )
 
 
 def find_sites(
@@ -70,16 +74,41 @@ def find_sites(
     kinds = [kind for kind in SITE_KINDS if kind.label in wanted and kind.applies(unit, keep_shape)]
     if keep_shape and (lost := set(wanted) - {kind.label for kind in kinds}):
         raise UsageError(f"{spell('keep_shape', True)} cannot fold {', '.join(sorted(lost))} in place. Remove it.")
-    for kind in kinds:
-        kind.check(model, family)
-    path, blocks = blocks_path(model, family), len(find_blocks(model, family))
-    pairs = [(kind, index) for index in range(blocks) for kind in kinds]
-    sites = [site for kind, index in pairs for site in kind.find(model, family, f"{path}.{index}", index, unit)]
-    pooler = f"{path.removesuffix(family.blocks)}{family.pooler}"
-    if pooler in dict(model.named_modules()):  # it has an MLP like those of the blocks
-        mlps = [kind for kind in kinds if kind.label == Mlp.label]
-        sites += [site for kind in mlps for site in kind.find(model, family, pooler, blocks, unit)]
+    sites: list[Site] = []
+    prefix, blocks = blocks_path(model, family).removesuffix(family.blocks), len(block_paths(model, family))
+    first = 0
+    able = {kind: _stacks_with(kind, model, family) for kind in kinds}
+    for stack in family.stacks:
+        path, count = blocks_path(model, stack), len(find_blocks(model, stack))
+        pairs = [(kind, index) for index in range(count) for kind in kinds if stack in able[kind]]
+        for kind, index in pairs:
+            found = kind.find(model, stack, f"{path}.{index}", first + index, unit)
+            sites += [replace(site, mask=MASKS[1]) for site in found] if stack.reads_decoder_ids else found
+        first += count
+    for stack in family.stacks:
+        pooler = f"{prefix}{stack.pooler}"
+        if pooler in dict(model.named_modules()):  # it has an MLP like those of the blocks
+            mlps = [kind for kind in kinds if kind.label == Mlp.label]
+            sites += [site for kind in mlps for site in kind.find(model, stack, pooler, blocks, unit)]
     return sites
+
+
+def _stacks_with(kind: SiteKind, model: PreTrainedModel, family: Family) -> list[Family]:
+    """The lists of blocks whose sites of a kind can be pruned.
+
+    Raises:
+        PrunePeakError, UsageError: there is none, with the reason for the first.
+    """
+    found, reasons = [], []
+    for stack in family.stacks:
+        try:
+            kind.check(model, stack)
+            found.append(stack)
+        except PrunePeakError as reason:
+            reasons.append(reason)
+    if not found:
+        raise reasons[0]
+    return found
 
 
 def prunable_kinds(
@@ -90,7 +119,7 @@ def prunable_kinds(
     for kind in SITE_KINDS:
         if kind.applies(unit, keep_shape):
             try:
-                kind.check(model, family)
+                _stacks_with(kind, model, family)
             except PrunePeakError:
                 continue
             found.append(kind.label)
@@ -107,12 +136,13 @@ def find_every_site(model: PreTrainedModel, family: Family) -> list[Site]:
 def find_left_whole(model: PreTrainedModel, family: Family) -> dict[str, str]:
     """The mixers and other large parts of blocks that no site reaches, by their path in the block."""
     reached = {name for site in find_every_site(model, family) for name in site.slices}
-    path, blocks = blocks_path(model, family), find_blocks(model, family)
     found: dict[tuple[str, str], int] = {}  # number of blocks
-    for index, block in enumerate(blocks):
+    paths = block_paths(model, family)
+    for path in paths:
+        block = model.get_submodule(path)
         size = sum(parameter.numel() for parameter in block.parameters())
         for name, part in block.named_children():
-            names = [f"{path}.{index}.{name}.{inner}" for inner, _ in part.named_parameters()]
+            names = [f"{path}.{name}.{inner}" for inner, _ in part.named_parameters()]
             linear = [inner for inner in part.modules() if isinstance(inner, nn.Linear | Conv1D)]
             is_large = sum(inner.weight.numel() for inner in linear) > LARGE * size
             words, class_name = _name_mixer(part), type(part).__name__
@@ -121,7 +151,7 @@ def find_left_whole(model: PreTrainedModel, family: Family) -> dict[str, str]:
                 found[what] = found.get(what, 0) + 1
     whole: dict[str, str] = {}
     for (name, words), count in found.items():
-        told = f"{words}, in {count} of {len(blocks)} blocks"
+        told = f"{words}, in {count} of {len(paths)} blocks"
         whole[name] = f"{whole[name]}; {told}" if name in whole else told
     return whole
 

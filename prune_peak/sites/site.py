@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PrunePeakError
 from ..models.families import Family
 from ..models.loading import Model
+from ..models.stream import MASKS
 from .folding import cut, fold
 from .hooks import held, observed
 from .plan import SitePlan
@@ -58,6 +59,7 @@ class Site:
     observed_outputs: tuple[str, ...] = ()  # modules whose outputs are measured, besides the neurons
     served: float = 1.0  # the share of the tokens that it reads
     kernel: tuple[int, ...] = ()  # of an output projection that is a convolution of single pixels
+    mask: str = MASKS[0]  # the input that says which of its tokens are padding
 
     @property
     def label(self) -> str:

@@ -94,7 +94,7 @@ def measure(source: Model, options: CalibrationOptions, execution: ExecutionConf
     record = {
         "calibration": [name_data(data) for data in options.calibration],
         "samples": len(windows.calibration),
-        "sequence_length": None if source.sees_images else windows.calibration.shape[1],
+        "sequence_length": None if source.sees_images else windows.calibration.shape[-1],
         "dtype": name,
         "seed": options.seed,
         **asdict(options.reading),

@@ -101,6 +101,11 @@ def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[in
                 observer.start_batch(number)
     for observer in observers:
         observer.reduce()
+        if not observer.stats.count:
+            raise PrunePeakError(
+                f"no token of the calibration reaches {observer.site.name} of {stream.source.name}. Pass more "
+                f"{spell('samples')}, or text of other kinds."
+            )
         if not bool(torch.isfinite(observer.stats.square_sum).all()):
             raise PrunePeakError(
                 f"{observer.site.name} of {stream.source.name} has activations that are not finite in {stream.dtype}. "
@@ -188,10 +193,10 @@ def collect(
             f"or pass more {spell('samples')}."
         )
     batches = batches[group.share(len(batches))]
-    masks = [batch.get("attention_mask") for batch in batches]
     stream = open_stream(source, batches, dtype, execution)
 
     def create(site: Site, step: Step) -> SiteObserver:
+        masks = [batch.get(site.mask) for batch in batches]
         rows = group.gather(sum(step.rows(site.name, masks)))
         return SiteObserver(site, [round(site.served * count) for count in rows], for_refit, group, masks)
 

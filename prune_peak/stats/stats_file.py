@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.windows import Windows
+from ..data.windows import PADDING, Windows
 from ..errors import PrunePeakError, spell
 from ..io.tensor_files import TensorFile, stream_tensors
 from ..io.untrusted import parse_json
@@ -154,7 +154,7 @@ def load_statistics(path: Path, source: Model, sites: Sequence[Site]) -> Statist
         model, has_covariances = about["model"], bool(about["covariances"])
         options = {name: about["options"][name] for name in OPTIONS}
         _check_windows(windows, source)
-        length = None if windows.calibration.is_floating_point() else windows.calibration.shape[1]
+        length = None if windows.calibration.is_floating_point() else windows.calibration.shape[-1]
         names = options["calibration"]
         are_typed = (
             isinstance(names, list) and all(type(name) is str for name in names) and type(options["seed"]) is int
@@ -180,7 +180,8 @@ def _check_windows(windows: Windows, source: Model) -> None:
         if part.is_floating_point():
             fits = source.sees_images and part.dim() == 4
         else:
-            in_vocabulary = not part.numel() or 0 <= int(part.min()) <= int(part.max()) < source.vocabulary
-            fits = part.dtype is torch.int64 and part.dim() == 2 and in_vocabulary
+            tokens = part[part != PADDING] if source.reads_pairs else part
+            in_vocabulary = not tokens.numel() or 0 <= int(tokens.min()) <= int(tokens.max()) < source.vocabulary
+            fits = part.dtype is torch.int64 and part.dim() == (3 if source.reads_pairs else 2) and in_vocabulary
         if not fits or not isinstance(windows.source, str):
             raise ValueError(f"windows of {windows.source!r} are {tuple(part.shape)} {part.dtype}")

@@ -20,7 +20,7 @@ from ..data.windows import Windows, into_batches, window_length
 from ..errors import PrunePeakError, UsageError, spell
 from ..evaluation.quality import build_eval_set, is_evaluable
 from ..models.execution import DTYPES, default_dtype
-from ..models.families import find_blocks
+from ..models.families import block_paths
 from ..models.loading import Model, open_model
 from ..option_fields import spell_command, takes
 from ..options import SELF
@@ -88,7 +88,7 @@ def analyze(model: str, output: str | Path | None = None, **options: Any) -> Ana
     """
     given = AnalyzeOptions(output=output, **options)
     source = open_model(model, given.revision)
-    sites = [site for site in find_studied(source) if site.block < len(find_blocks(source.meta_model, source.family))]
+    sites = [site for site in find_studied(source) if site.block < len(block_paths(source.meta_model, source.family))]
     chosen = [_find_neuron(sites, wanted) for wanted in given.neuron]
     name = Path(model).resolve().name
     folder = Path(output or f"{name}-analysis")
