@@ -94,6 +94,21 @@ def _check(item: "Field[Any]", value: Any) -> None:
             raise UsageError(f"{spell(item.name, part)}: expected at most {most}.")
 
 
+def check_shares(ratios: Iterable[float]) -> None:
+    """Refuse a ratio that is not between 0 and 1.
+
+    Example:
+        >>> check_shares([0.3])
+        >>> check_shares([30])
+        Traceback (most recent call last):
+        prune_peak.errors.UsageError: ratio 30 is the share to prune; it must be between 0 and 1. Did you mean 0.3?
+    """
+    for ratio in ratios:
+        if not 0 < ratio < 1:
+            meant = f" Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
+            raise UsageError(f"ratio {ratio} is the share to prune; it must be between 0 and 1.{meant}")
+
+
 def takes(kind: type[Options]) -> Callable[[Function], Function]:
     """Give a function that ends in `**options` the signature and the `Args:` of the options it takes."""
 

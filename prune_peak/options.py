@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, spell
-from .option_fields import Options, option
+from .option_fields import Options, check_shares, option
 
 SELF = "self"  # the data that the model generates itself
 AUTO, OWN = "auto", "own"
@@ -141,6 +141,8 @@ class Budget(Options):
                 f"pass one of {spell('ratio')}, {spell('target_params')} and {spell('target_bytes')}: how much to "
                 "prune."
             )
+        if self.ratio is not None:
+            check_shares(self.ratio.values() if isinstance(self.ratio, Mapping) else [self.ratio])
         if self.keep_shape and self.ratio is None:
             raise UsageError(
                 f"{spell('keep_shape', True)} saves nothing, so it cannot reach a target; pass {spell('ratio')}."

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_peak
 from prune_peak import memory
-from prune_peak.cli.main import main
+from prune_peak.cli.main import SUMMARIES, main
 from prune_peak.export.recipe import PLAN_FILE
 from prune_peak.models.execution import ExecutionConfig
 from prune_peak.models.loading import open_model
@@ -424,7 +424,7 @@ def test_the_module_is_the_program() -> None:
 
 
 def test_help_with_an_example() -> None:
-    for name in main.commands:
+    for name in SUMMARIES:
         assert f"prune-peak {name}" in run(name, "--help").output
 
 

@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -16,7 +18,8 @@ from conftest import EXAMPLES
 
 import prune_peak
 from prune_peak import options
-from prune_peak.cli.main import main
+from prune_peak.cli import commands
+from prune_peak.cli.main import SUMMARIES, main
 from prune_peak.conversion.classes import OUTPUT_CLASSES, register
 from prune_peak.errors import PrunePeakError, UsageError
 from prune_peak.export.card import reproduce
@@ -71,7 +74,7 @@ def run(*words: object) -> Any:
 def describe_commands() -> str:
     """Every command with its help."""
     parts = ["# Commands\n\nMade from `prune-peak COMMAND --help` by `make docs-generated`.\n"]
-    for name in ("", *sorted(main.commands)):
+    for name in ("", *SUMMARIES):
         result = CliRunner().invoke(main, [*name.split(), "--help"], prog_name="prune-peak", terminal_width=100)
         assert result.exit_code == 0
         parts.append(f"## prune-peak {name}".rstrip() + f"\n\n```\n{result.output.rstrip()}\n```\n")
@@ -120,13 +123,11 @@ def test_python_reference(request: pytest.FixtureRequest) -> None:
 
 
 def test_every_command_has_its_options() -> None:
-    assert main.commands.keys() == COMMANDS.keys()
+    assert SUMMARIES.keys() == commands.COMMANDS.keys() == COMMANDS.keys()
     for name, kind in COMMANDS.items():
-        parameters = {part.name for part in main.commands[name].params}
+        parameters = {part.name for part in commands.COMMANDS[name].params}
         assert {item.name for item in fields(kind)} <= parameters, name
-        summary = main.commands[name].get_short_help_str(70)
-        assert summary.endswith(".")
-        assert "..." not in summary
+        assert len(SUMMARIES[name]) < 70
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -145,7 +146,7 @@ def test_recipe_card_and_statistics_take_the_names_of_the_options(tmp_path: Path
     recipe = json.loads((tmp_path / "pruned" / "prune_peak.json").read_text())
     names = {item.name for item in fields(CompressOptions)}
     assert recipe["options"].keys() == names - {"output", "stats", "revision", "force"}
-    known = {name for part in main.commands["compress"].params for name in (*part.opts, *part.secondary_opts)}
+    known = {name for part in commands.COMMANDS["compress"].params for name in (*part.opts, *part.secondary_opts)}
     words = reproduce(recipe).replace("\\\n", " ").split()
     assert words[:3] == ["prune-peak", "compress", "./llama-mini"]
     assert {word for word in words if word.startswith("--")} <= known
@@ -308,7 +309,7 @@ def test_options_are_spelled_as_they_were_given() -> None:
     given = AblateOptions(
         fill=("peak", "mean"), sites=("mlp",), fraction=(0.3,), data=("my text.txt",), seeds=1, force=True
     )
-    context = main.commands["ablate"].make_context("ablate", ["MODEL", *shlex.split(spell_command(given))])
+    context = commands.COMMANDS["ablate"].make_context("ablate", ["MODEL", *shlex.split(spell_command(given))])
     values = {item.name: context.params[item.name] for item in fields(AblateOptions)}
     assert AblateOptions(**values) == given
 
@@ -326,8 +327,49 @@ def test_several_data_sets_need_their_samples(tmp_path: Path, text: Path) -> Non
 
 def test_flags_are_spelled_as_options() -> None:
     for name, kind in COMMANDS.items():
-        flags = {word for part in main.commands[name].params if isinstance(part, click.Option) for word in part.opts}
+        flags = {
+            word for part in commands.COMMANDS[name].params if isinstance(part, click.Option) for word in part.opts
+        }
         assert {flag(item.name) for item in fields(kind)} <= flags
+
+
+def modules_after(*words: str) -> tuple[str, set[str]]:
+    """The error of a command in a process of its own, and the modules that it imported beyond those of click."""
+    code = (
+        "import sys, atexit, click\n"
+        "before = set(sys.modules)\n"
+        "atexit.register(lambda: print('MODULES', *(sys.modules.keys() - before)))\n"
+        "from prune_peak.cli.main import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    return done.stderr, set(done.stdout.rpartition("MODULES")[2].split())
+
+
+def test_help_imports_little_more_than_click() -> None:
+    _, modules = modules_after("--help")
+    assert "prune_peak.cli.main" in modules
+    assert "prune_peak.options" not in modules
+    assert len(modules) < 20
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["compress", MODEL, "--ratio", "30"], "Did you mean 0.3?"),
+        (["compress", MODEL, "--ratio", "0.3", "--fill", "nose"], "'nose' is not one of"),
+        (["compress", MODEL], "how much to prune"),
+        (["compress", f"{MODEL}/none", "--ratio", "0.3"], "neither a folder nor a Hub id"),
+        (["compress", MODEL, "--ratio", "0.3", "--calibration", "none.txt"], "none.txt does not exist"),
+        (["verify", "none"], "'none' does not exist"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[-1],
+)
+def test_what_is_refused_at_once(words: list[str], expected: str) -> None:
+    error, modules = modules_after(*map(str, words))
+    assert expected in error
+    assert "prune_peak.options" in modules
+    assert modules.isdisjoint({"torch", "transformers"})
 
 
 def test_per_cent_is_understood() -> None:

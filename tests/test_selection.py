@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.options import Budget
 from prune_peak.pruning.budget import kept_width
 from prune_peak.pruning.scores import Candidates, score_deviation
 from prune_peak.pruning.site_pruning import keep_best, select
@@ -50,7 +51,7 @@ def test_whole_heads_of_every_group() -> None:
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1, math.nan, math.inf])
 def test_ratio_outside_0_and_1(ratio: float) -> None:
     with pytest.raises(UsageError, match="between 0 and 1"):
-        kept_width(1024, ratio, 32)
+        Budget(ratio={"mlp": ratio, "attention": 0.5})
 
 
 @pytest.mark.parametrize(("ratio", "words"), [(0.001, "prune none"), (0.999, "keep none")])

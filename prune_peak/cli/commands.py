@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from ..compression import CompressionResult
     from ..recovery import HealResult
 
-FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+FOLDER = click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 
 
-@click.command(short_help="Prune, fold, refit, and write a smaller checkpoint.")
+@click.command()
 @model_argument
 @options_of(CompressCommand)
 @output_options
@@ -104,7 +104,7 @@ def _heal_result(model: str, result: "CompressionResult", options: Mapping[str, 
     return run(result.output, original=model, data=data, **reading, **{name: options[name] for name in names})
 
 
-@click.command(short_help="Measure a model once, for several runs of compress.")
+@click.command()
 @model_argument
 @options_of(CalibrateOptions)
 @output_options
@@ -130,7 +130,7 @@ def calibrate(model: str, as_json: bool, **options: Any) -> None:
         click.echo(f"Written to {result['output']}.")
 
 
-@click.command(short_help="Let a compressed model learn back from the original.")
+@click.command()
 @FOLDER
 @options_of(HealCommand)
 @output_options
@@ -160,7 +160,7 @@ def heal(folder: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
         echo_json(result.to_json()) if as_json else print_healing(result)
 
 
-@click.command(short_help="Show what can be pruned and what it would save.")
+@click.command()
 @model_argument
 @options_of(InspectOptions)
 @output_options
@@ -177,7 +177,7 @@ def inspect(model: str, as_json: bool, **options: Any) -> None:
     echo_json(inspection.to_json()) if as_json else print_inspection(inspection)
 
 
-@click.command(short_help="Check a folder that compress wrote.")
+@click.command()
 @FOLDER
 @options_of(VerifyOptions)
 @output_options
@@ -210,7 +210,7 @@ def verify(folder: Path, original: str | None, revision: str | None, data: str |
         sys.exit(3)
 
 
-@click.command(short_help="Measure models side by side.")
+@click.command()
 @models_argument
 @options_of(EvaluateCommand)
 @output_options
@@ -269,7 +269,7 @@ def evaluate(
         click.echo(f"Written to {report}.")
 
 
-@click.command(short_help="Verify a written folder and push it to the Hub.")
+@click.command()
 @FOLDER
 @click.argument("repo_id")
 @options_of(PushOptions)
@@ -289,7 +289,7 @@ def push(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:
     echo_json({"url": address}) if as_json else click.echo(address)
 
 
-@click.command(short_help="Write a folder as one file of another format.")
+@click.command()
 @FOLDER
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @options_of(ExportOptions)
@@ -311,4 +311,7 @@ def export(folder: Path, file: Path, as_json: bool, **options: Any) -> None:
     echo_json({"output": str(path), "bytes": size}) if as_json else click.echo(f"Written to {path} ({size:,} bytes).")
 
 
-COMMANDS = (compress, heal, calibrate, inspect, verify, evaluate, analyze, ablate, push, export)
+COMMANDS = {
+    command.name: command
+    for command in (compress, heal, calibrate, inspect, verify, evaluate, analyze, ablate, push, export)
+}

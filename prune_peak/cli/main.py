@@ -20,14 +20,39 @@ from ..errors import (
     spelled_as_options,
 )
 from ..version import __version__
-from .commands import COMMANDS
-from .logs import configure_logging
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+# Of every command, for `--help`: the options of all of them take longer to import than click
+SUMMARIES = {
+    "ablate": "Measure what held neurons cost, by fill and fraction.",
+    "analyze": "Measure how neurons are distributed.",
+    "calibrate": "Measure a model once, for several runs of compress.",
+    "compress": "Prune, fold, refit, and write a smaller checkpoint.",
+    "evaluate": "Measure models side by side.",
+    "export": "Write a folder as one file of another format.",
+    "heal": "Let a compressed model learn back from the original.",
+    "inspect": "Show what can be pruned and what it would save.",
+    "push": "Verify a written folder and push it to the Hub.",
+    "verify": "Check a folder that compress wrote.",
+}
 
 
 class Group(click.Group):
     """Maps the errors of the library to one `Error:` line and an exit code; other errors keep their traceback."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(SUMMARIES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in SUMMARIES:
+            return None
+        from .commands import COMMANDS
+
+        return COMMANDS[name]
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
     def invoke(self, context: click.Context) -> Any:
         with _noting_interrupts() as interrupts, spelled_as_options():
@@ -50,7 +75,8 @@ class Group(click.Group):
             return super().invoke(context)
         except UsageError as error:
             name = context.invoked_subcommand
-            of_command = click.Context(self.commands[name], context, name) if name else context
+            command = self.get_command(context, name) if name else None
+            of_command = click.Context(command, context, name) if command else context
             raise click.UsageError(str(error), of_command) from None
         except PrunePeakError as error:
             raise click.ClickException(str(error)) from None
@@ -70,6 +96,8 @@ class Group(click.Group):
     def _invoke_together(self, context: click.Context) -> Any:
         """Run the command in rank 0 of torchrun's processes; the others take part in its calibration."""
         if os.environ["RANK"] != "0" or not {"-q", "--quiet"}.isdisjoint(context.args):
+            from .logs import configure_logging
+
             configure_logging(quiet=True)  # before torch, which imports tqdm
         from ..stats.distributed import join_processes
 
@@ -142,7 +170,3 @@ def main() -> None:
     Example:
       prune-peak compress facebook/opt-1.3b --ratio 0.3
     """
-
-
-for command in COMMANDS:
-    main.add_command(command)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 from ..errors import UsageError
 from ..option_fields import Options, flag
 from ..pruning import scores  # noqa: F401 - registers the scores
-from .logs import configure_logging
+from .logs import configure_logging, import_libraries
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -115,12 +115,17 @@ METAVARS = {"data": "DATA", "one": "DATA", "file": "FILE", "folder": "DIR", "nam
 
 
 def options_of(kind: type[Options]) -> Callable[[Command], Command]:
-    """The options of a dataclass as click options, in its order."""
+    """The options of a dataclass as click options, in its order; refused before the command imports torch."""
 
     def decorate(command: Command) -> Command:
+        @wraps(command)
+        def checked(**given: Any) -> Any:
+            kind(**{item.name: given[item.name] for item in fields(kind)})  # raises
+            return command(**given)
+
         for item in reversed(fields(kind)):
-            command = _click_option(item)(command)
-        return command
+            checked = _click_option(item)(checked)
+        return checked  # type: ignore[return-value]
 
     return decorate
 
@@ -186,11 +191,33 @@ def output_options(command: Command) -> Command:
     @wraps(command)
     def resolved(as_json: bool, quiet: bool, **options: Any) -> Any:
         configure_logging(quiet)
+        _find_inputs(**options)
+        import_libraries()
         return command(as_json=as_json, **options)
 
     quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bars and no warnings.")
     as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     return as_json(quiet(resolved))  # type: ignore[return-value]
+
+
+def _find_inputs(
+    model: str | None = None,
+    models: Sequence[str] = (),
+    original: str | None = None,
+    revision: str | None = None,
+    calibration: Sequence[str] = (),
+    data: str | Sequence[str] | None = None,
+    evaluate: Sequence[str] | None = None,
+    **options: Any,
+) -> None:
+    """Refuse models and data that are not there, before torch and transformers are imported."""
+    from ..data.data_sets import check_exists
+    from ..io.locating import locate, strip_slash
+
+    for name in (model, *models, original):
+        if name is not None:
+            locate(strip_slash(name), revision, ["config.json"])
+    check_exists([*calibration, *((data,) if isinstance(data, str) else data or ()), *(evaluate or ())])
 
 
 def echo_json(value: Any) -> None:

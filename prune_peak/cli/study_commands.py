@@ -9,7 +9,7 @@ from .output import print_analysis, print_study
 from .parameters import echo_json, model_argument, options_of, output_options
 
 
-@click.command(short_help="Measure what held neurons cost, by fill and fraction.")
+@click.command()
 @model_argument
 @options_of(AblateOptions)
 @output_options
@@ -31,7 +31,7 @@ def ablate(model: str, as_json: bool, **options: Any) -> None:
     echo_json(study.to_json()) if as_json else print_study(study)
 
 
-@click.command(short_help="Measure how neurons are distributed.")
+@click.command()
 @model_argument
 @options_of(AnalyzeOptions)
 @output_options

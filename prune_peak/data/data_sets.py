@@ -48,6 +48,17 @@ def check_data(data: Sequence[str], takes_images: bool, reading: DataOptions = F
         raise UsageError(f"{spell('text_column')} is for data with columns, and {_all(data)} has none. Remove it.")
 
 
+def check_exists(data: Sequence[str]) -> None:
+    """Refuse DATA that is neither a file or folder nor may be a data set of the Hub; takes no torch.
+
+    Raises:
+        PrunePeakError: a path that does not exist.
+    """
+    for name in data:
+        if name != SELF and not os.path.exists(name) and not (is_data_set(name) and is_repo_id(name)):
+            raise PrunePeakError(f"{name} does not exist, and is no id of a Hub data set. Check the path.")
+
+
 def reading_of(name: str, reading: DataOptions) -> DataOptions:
     """The options that apply to one of several DATA."""
     if is_data_set(name):
@@ -62,8 +73,7 @@ def _check_one(name: str, takes_images: bool) -> None:
         files = islice(Path(name).rglob("*"), FILES_ASKED)
         if any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
             raise PrunePeakError(f"{name} is a folder of images, and the model reads text. Pass a file of text.")
-    if not os.path.exists(name) and not (is_data_set(name) and is_repo_id(name)):
-        raise PrunePeakError(f"{name} does not exist, and is no id of a Hub data set. Check the path.")
+    check_exists([name])
 
 
 def _is_table(name: str) -> bool:

@@ -15,6 +15,11 @@ FETCHED = (CARD, "*.json", *SIDE_FILES, *TERMS_IN_ANY_CASE)  # from the Hub
 NOT_FETCHED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin", "consolidated*", "*.fp16*", "*.fp32*")
 
 
+def strip_slash(name: str) -> str:
+    """A name without the slash that completion puts after a folder."""
+    return str(name).rstrip("/") or str(name)
+
+
 def locate(
     name: str, revision: str | None, patterns: list[str], others: Sequence[str] = NOT_FETCHED
 ) -> tuple[Path, str | None]:

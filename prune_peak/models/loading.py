@@ -25,7 +25,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..errors import PrunePeakError, brief
 from ..io.checkpoint import Checkpoint, has_weights
-from ..io.locating import FETCHED, locate
+from ..io.locating import FETCHED, locate, strip_slash
 from ..io.side_files import MODULE_FILES
 from ..io.tensor_files import digest_tensor
 from ..io.untrusted import find_modules
@@ -240,7 +240,7 @@ def open_model_spec(name: str, revision: str | None = None) -> ModelSpec:
     Raises:
         PrunePeakError: the model cannot be found or is not supported.
     """
-    name = _strip_slash(name)
+    name = strip_slash(name)
     folder, commit = locate(name, revision, ["config.json"])
     return _read_spec(name, commit, folder)
 
@@ -251,7 +251,7 @@ def open_model(name: str, revision: str | None = None) -> Model:
     Raises:
         PrunePeakError: the model cannot be found, is not supported, or config and weights do not match.
     """
-    name = _strip_slash(name)
+    name = strip_slash(name)
     folder, commit = locate(name, revision, [*FETCHED, "*.safetensors"])
     if commit is not None and not any(folder.glob("*.safetensors")):
         folder, commit = locate(name, commit, [*FETCHED, "pytorch_model*.bin"])
@@ -278,11 +278,6 @@ def open_model(name: str, revision: str | None = None) -> Model:
     return Model(
         name, commit, folder, spec.family, config, spec.model_class, checkpoint, names, tied, merged=found.merged
     )
-
-
-def _strip_slash(name: str) -> str:
-    """A name without the slash that completion puts after a folder."""
-    return str(name).rstrip("/") or str(name)
 
 
 def _read_spec(name: str, commit: str | None, folder: Path) -> ModelSpec:

@@ -26,7 +26,7 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
     evenly spread, the widest MLP that fits.
 
     Raises:
-        UsageError: a ratio that is not between 0 and 1.
+        UsageError: a target over several kinds, one of them experts.
         PrunePeakError: nothing would be pruned, nothing kept, or the target cannot be reached.
     """
     first: dict[str, Site] = {}
@@ -123,16 +123,12 @@ def kept_width(width: int, ratio: float, step: int) -> int:
     """The number of `width` neurons to keep when a share of `ratio` is pruned: the nearest multiple of `step`.
 
     Raises:
-        UsageError: a ratio that is not between 0 and 1.
         PrunePeakError: a ratio so small or large that nothing would be pruned, or nothing kept.
 
     Example:
         >>> kept_width(1536, 0.3, 32)
         1088
     """
-    if not 0 < ratio < 1:
-        meant = f" Did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
-        raise UsageError(f"ratio {ratio} is the share to prune; it must be between 0 and 1.{meant}")
     kept = round(width * (1 - ratio) / step) * step
     if not 0 < kept < width:
         raise PrunePeakError(
