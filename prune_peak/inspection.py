@@ -13,7 +13,7 @@ import torch
 from .conversion.choice import choose_conversion
 from .conversion.classes import ENGINES
 from .data.chat import find_template
-from .data.self_generated import PASSAGES, generate_tokens
+from .data.self_generated import generate_tokens
 from .data.texts import load_tokenizer
 from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
@@ -282,11 +282,12 @@ def _time_block(job: Job) -> tuple[float, float]:
 
 def _time_sampling(job: Job) -> float:
     """Seconds per generated token: the difference between a short and a longer sample."""
+    passages, seed = job.execution.passages, job.options.seed
     short, longer = (
-        _seconds(lambda length=length: generate_tokens(job.source, PASSAGES, length, job.options.seed))  # type: ignore[misc]
+        _seconds(lambda length=length: generate_tokens(job.source, passages, length, seed, job.execution))  # type: ignore[misc]
         for length in (SHORT_SAMPLE, LONGER_SAMPLE)
     )
-    return max(0.0, longer - short) / (LONGER_SAMPLE - SHORT_SAMPLE) / PASSAGES
+    return max(0.0, longer - short) / (LONGER_SAMPLE - SHORT_SAMPLE) / passages
 
 
 def _seconds(work: Callable[[], object]) -> float:

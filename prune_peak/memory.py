@@ -16,7 +16,7 @@ from .data.self_generated import cache_path
 from .data.windows import BATCH_IMAGES, held_out_count, own_samples, window_length
 from .errors import PrunePeakError, spell
 from .models.bfloat16 import factor_type
-from .models.execution import BATCH_TOKENS, DTYPES, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
+from .models.execution import BATCH_TOKENS, DTYPES, PASSAGE, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
 from .models.families import find_blocks
 from .models.loading import Model, count_patches
 from .models.whole import BLOCKS_AT_ONCE
@@ -29,7 +29,7 @@ ROOMY = 3  # keep freed memory if the budget is this many times the estimate
 PROBED_TOKENS = 1400  # tokens of which verification of a whole model holds the logits
 STREAMED_TOKENS = 600  # the same for larger models, which run block by block
 LOGITS_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 14, 4  # of a token, that backpropagation keeps (bench/heal_runs.py)
-PASSAGE_TOKENS = 64 * 128  # tokens of self-generated text that are sampled at once
+MOST_PASSAGES = 256  # of self-generated text that are sampled at once; more are not faster
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ def plan_execution(
     found = find_device(device)
     budget = max_memory or int(MACHINE_SHARE * physical_memory())
     other = 0  # peak outside the calibration
+    passages = MOST_PASSAGES
     if workload.samples_text:
-        other = _own_text_memory(source)
+        while passages > 1 and _own_text_memory(source, passages) > budget:
+            passages //= 2
+        other = _own_text_memory(source, passages)
         if other > budget:
             raise PrunePeakError(
                 f"{source.name} generates its own text with the whole model, which needs {gigabytes(other)} of "
@@ -83,7 +86,14 @@ def plan_execution(
             if needed <= budget:
                 needed = max(needed, other)
                 return ExecutionConfig(
-                    batch_tokens, hidden_states_on_disk, whole_size, talks, found, budget < ROOMY * needed, needed
+                    batch_tokens,
+                    hidden_states_on_disk,
+                    whole_size,
+                    passages,
+                    talks,
+                    found,
+                    budget < ROOMY * needed,
+                    needed,
                 )
     least = _most_resident(source, workload, workload.length, True)
     advice = _advice(source, workload, budget)
@@ -153,10 +163,11 @@ def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_
     return BASE_MEMORY + max(phases)
 
 
-def _own_text_memory(source: Model) -> int:
-    """Bytes of the whole model and its cache while it generates text."""
-    cache = 2 * len(find_blocks(source.meta_model, source.family)) * _hidden_size(source) * PASSAGE_TOKENS
-    return BASE_MEMORY + 2 * source.size + cache * source.dtype.itemsize
+def _own_text_memory(source: Model, passages: int) -> int:
+    """Bytes of the whole model, its cache and its logits while it generates passages of text."""
+    width = factor_type(DTYPES[default_dtype(source)]).itemsize
+    cache = 2 * len(find_blocks(source.meta_model, source.family)) * _hidden_size(source) * PASSAGE * width
+    return BASE_MEMORY + source.parameters * width + passages * (cache + source.vocabulary * (width + 8))
 
 
 def _hidden_size(model: Model) -> int:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from test_compress import compress, digests, run
 
 from prune_peak.data.sampling import draw_windows
-from prune_peak.data.self_generated import generate_windows
+from prune_peak.data.self_generated import Draw, generate_tokens, generate_windows
 from prune_peak.data.texts import load_tokenizer, read_texts, special_tokens, tokenize_text
 from prune_peak.data.windows import into_batches
 from prune_peak.errors import PrunePeakError
 from prune_peak.io.tensor_files import TensorFile, stream_tensors
+from prune_peak.models.execution import ExecutionConfig
 from prune_peak.models.loading import open_model
 from prune_peak.options import ELIMINATION, FREQUENCY, RANDOM, REAP, SCORES
 from prune_peak.pruning.site_pruning import select
@@ -234,6 +235,38 @@ def test_self_generated_text_has_passages_of_ordinary_tokens(monkeypatch: pytest
     starts[[0, 8, 16]] = True
     assert bool((windows[:, starts] == 0).all())  # BOS
     assert bool((windows[:, ~starts] > 1).all())  # neither BOS nor EOS
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 700])
+def test_draws_have_the_probabilities_of_the_model(vocabulary: int) -> None:
+    """Evenly spaced random numbers take every token as often as its probability says, to one draw."""
+    draws = 20_000
+    numbers = torch.stack([torch.zeros(draws), torch.arange(draws) / draws], dim=1)
+    is_ordinary = torch.ones(vocabulary, dtype=torch.bool)
+    is_ordinary[[0, vocabulary - 1]] = False
+    logits = 3 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(0))
+    drawn = Draw(numbers, is_ordinary)(torch.zeros(draws, 2), logits.repeat(draws, 1)).argmax(1)
+    expected = logits.masked_fill(~is_ordinary, -torch.inf).softmax(0) * draws
+    assert (drawn.bincount(minlength=vocabulary) - expected).abs().max() < 2
+    assert bool(is_ordinary[drawn].all())
+
+
+def test_self_generated_text_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_model(str(EXAMPLES / "llama-mini"))
+    texts = [generate_tokens(source, 6, 24, 5, ExecutionConfig(passages=passages)) for passages in (64, 4)]
+    assert torch.equal(*texts)
+    with monkeypatch.context() as patched:  # with the layers that transformers makes
+        patched.setattr("prune_peak.data.self_generated.DynamicLayer", None)
+        assert torch.equal(texts[0], generate_tokens(source, 6, 24, 5))
+
+
+def test_passages_that_loop_are_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_model(str(EXAMPLES / "llama-mini"))
+    first = generate_tokens(source, 6, 24, 5)
+    loop = first[2].tolist()
+    monkeypatch.setattr("prune_peak.data.self_generated.is_loop", lambda tokens: tokens == loop)
+    again = generate_tokens(source, 6, 24, 5)
+    assert [torch.equal(*pair) for pair in zip(first, again, strict=True)] == [True, True, False, True, True, True]
 
 
 def test_self_generation_needs_a_causal_model(tmp_path: Path) -> None:

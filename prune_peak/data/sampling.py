@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PrunePeakError, UsageError, spell
+from ..models.execution import ExecutionConfig
 from ..models.loading import Model
 from ..options import FIRST_PART, SELF, DataOptions
 from .images import choose_images
@@ -25,6 +26,7 @@ def sample_windows(
     sequence_length: int,
     seed: int,
     reading: DataOptions = FIRST_PART,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
 ) -> Windows:
     """Windows (or images) to calibrate on, as many of each data set.
 
@@ -36,7 +38,7 @@ def sample_windows(
         raise UsageError(f"{spell('samples', samples)}: expected at least one for each of the {len(data)} data sets.")
     parts: dict[int, Windows] = {}
     for number in sorted(range(len(data)), key=lambda number: data[number] == SELF):  # reading fails sooner
-        windows = _sample_one(model, data[number], shares[number], sequence_length, seed, reading)
+        windows = _sample_one(model, data[number], shares[number], sequence_length, seed, reading, execution)
         _check_enough(data[number], windows.calibration, shares[number], len(data) > 1)
         parts[number] = windows
     return Windows(
@@ -47,11 +49,17 @@ def sample_windows(
 
 
 def _sample_one(
-    model: Model, name: str, samples: int, sequence_length: int, seed: int, reading: DataOptions
+    model: Model,
+    name: str,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    reading: DataOptions,
+    execution: ExecutionConfig,
 ) -> Windows:
     if model.sees_images:
         return choose_images(name, model, samples, seed, reading)
-    return draw_windows(model, name, samples, window_length(model, sequence_length), seed, reading)
+    return draw_windows(model, name, samples, window_length(model, sequence_length), seed, reading, execution)
 
 
 def _check_enough(name: str, windows: Tensor, samples: int, strict: bool) -> None:
@@ -66,11 +74,17 @@ def _check_enough(name: str, windows: Tensor, samples: int, strict: bool) -> Non
 
 
 def draw_windows(
-    model: Model, name: str, samples: int, length: int, seed: int, reading: DataOptions = FIRST_PART
+    model: Model,
+    name: str,
+    samples: int,
+    length: int,
+    seed: int,
+    reading: DataOptions = FIRST_PART,
+    execution: ExecutionConfig = ExecutionConfig(),  # noqa: B008 - frozen
 ) -> Windows:
     """Windows of a text, drawn at random, some of them held out; or of text that the model generates."""
     if name == SELF:
-        return generate_windows(model, samples, length, seed)
+        return generate_windows(model, samples, length, seed, execution)
     windows = (read_pairs if model.reads_pairs else read_windows)(name, model, length, reading)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     held = min(held_out_count(samples), len(windows) // 4)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..data.chat import generate_chats
 from ..data.sampling import sample_windows
-from ..data.self_generated import PASSAGE, generate_tokens
+from ..data.self_generated import generate_tokens
 from ..data.texts import read_windows
 from ..data.windows import IGNORED, Windows, name_data, window_length
 from ..errors import PrunePeakError, spell
 from ..io.tensor_files import load_tensors, save_tensors
+from ..models.execution import PASSAGE
 from ..models.loading import Model
 from ..options import FIRST_PART, SELF, DataOptions
 

@@ -18,6 +18,8 @@ def default_dtype(source: Model) -> str:
 
 CPU = torch.device(PROCESSOR)
 BATCH_TOKENS = 4096  # tokens per forward pass of a block
+PASSAGE = 128  # tokens of self-generated text in one sequence; short ones are more diverse, and faster
+PASSAGES = 64  # generated at once, where memory for more is not known of
 WHOLE_SIZE = 600_000_000  # bytes; verification loads smaller models whole, in float32
 
 
@@ -28,6 +30,7 @@ class ExecutionConfig:
     batch_tokens: int = BATCH_TOKENS
     hidden_states_on_disk: bool = False
     whole_size: int = WHOLE_SIZE
+    passages: int = PASSAGES  # of self-generated text at once
     talks: bool = False  # whether the answers of original and result are compared, both loaded whole
     device: torch.device = CPU
     release_memory: bool = False  # return freed memory to the system after every block; slower

@@ -84,7 +84,13 @@ class Calibration:
 def measure(source: Model, options: CalibrationOptions, execution: ExecutionConfig) -> Calibration:
     """Sample the windows of a calibration, and be ready to measure on them."""
     windows = sample_windows(
-        source, options.calibration, options.samples, options.sequence_length, options.seed, options.reading
+        source,
+        options.calibration,
+        options.samples,
+        options.sequence_length,
+        options.seed,
+        options.reading,
+        execution,
     )
     name = options.dtype or default_dtype(source)
 
