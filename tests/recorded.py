@@ -114,6 +114,13 @@ def describe_targets() -> str:
     return make_table(["asked", "parameters", "bytes", f"perplexity (dense {targets['dense']:.2f})"], rows)
 
 
+def describe_gemma() -> str:
+    """A class whose MLP has no bias, so that pruned neurons are held at zero."""
+    gemma = load("quality")["gemma"]
+    rows = [(row["what"], f"`{row['options']}`", f"{row['perplexity']:,.2f}") for row in gemma["rows"]]
+    return make_table(["", "options", f"perplexity (dense {gemma['dense']:.2f})"], rows)
+
+
 def with_heads(values: Sequence[float]) -> str:
     """A figure of the MLP, and in brackets that of heads."""
     return " ".join([f"{values[0]:.2f}", *(f"({value:.2f})" for value in values[1:])]) if values else ""
@@ -135,8 +142,10 @@ def state_quality() -> list[str]:
     foreign = texts["rows"][-1]
     calibration, large = costs["calibration"]["rows"], costs["large"]
     shares = [f"{share:.0%}".replace("%", " %") for share in latency["share"][1:]]
+    gemma = quality["gemma"]
     return [
         f"bfloat16; dense {quality['methods']['dense']:.2f}",
+        f"{100 * gemma['share']:.1f} % of its MLP cut: {gemma['parameters'][0]:,} -> {gemma['parameters'][1]:,} parameters.",
         f"{both['perplexity'][0]:.2f} becomes {both['perplexity'][1]:.2f} with {both['parameters'][0]:,} -> "
         f"{both['parameters'][1]:,} parameters",
         f"a fill of zero gave {foreign['zero'][0]:.2f} ({foreign['zero'][1]:.2f} for heads)",
@@ -452,7 +461,12 @@ def state_models() -> list[str]:
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"printed": printed, "expected": expected},
-    "docs/quality.md": {"methods": compare_methods, "targets": describe_targets, "texts": compare_texts},
+    "docs/quality.md": {
+        "methods": compare_methods,
+        "targets": describe_targets,
+        "gemma": describe_gemma,
+        "texts": compare_texts,
+    },
     "docs/performance.md": {
         "speed": compare_speed,
         "costs": describe_costs,
