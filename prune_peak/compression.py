@@ -31,6 +31,7 @@ from .export.resume import ResumableRun
 from .export.tokenizer import keep_tokenizer
 from .job import Job, prepare
 from .models.loading import Model, open_model
+from .models.stacks import choose_stacks
 from .option_fields import takes
 from .options import CompressOptions, Ratio
 from .progress import next_stage, stages
@@ -100,7 +101,7 @@ def compress(
         keep_tokenizer(job.source, conversion, run.checkpoint)
         _warn_few_tokens(job, results)
         next_stage()
-        written = open_model(str(run.checkpoint))
+        written = choose_stacks(open_model(str(run.checkpoint)), job.options.stack)
         quality = _evaluate_both(job, written, calibration)
         talk = _compare_talk(job, written)
         recipe = _describe(job, written, conversion, calibration, results, quality) | describe_talk(talk)

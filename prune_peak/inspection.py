@@ -21,10 +21,11 @@ from .export.recipe import describe_shares, describe_steps
 from .job import Job, convert, plan_widths, prepare
 from .models.families import block_paths, find_blocks
 from .models.loading import Model, ModelSpec, count_patches, open_model, open_model_spec
+from .models.stacks import choose_stacks
 from .models.whole import open_stream
 from .option_fields import takes
 from .options import Budget, CompressOptions, InspectOptions, Ratio
-from .pruning.budget import Widths, count_parameters
+from .pruning.budget import Widths, count_parameters, match_width
 from .pruning.site_pruning import plan_site
 from .sites.finding import find_left_whole, find_sites, labels
 from .stats.collection import collect
@@ -59,6 +60,7 @@ class Inspection:
     model_class: str
     dtype: str
     blocks: int
+    stacks: Mapping[str, int]  # the blocks of each list of blocks that is pruned, by its name
     sites: tuple[PrunableSites, ...]
     lacking: Mapping[str, str]  # weights, tokenizer: what a local folder lacks for `compress`
     unprunable: Mapping[str, str]  # kinds of site that cannot be made smaller, and parts left whole, with the reason
@@ -97,7 +99,8 @@ def inspect(model: str, ratio: Ratio | None = None, **options: Any) -> Inspectio
         [('mlp', 384, 192), ('attention', 128, 128)]
     """
     given = InspectOptions(ratio=ratio, **options)
-    return _inspect(open_model_spec(model, given.revision), given, given.output_class)
+    spec = choose_stacks(open_model_spec(model, given.revision), given.stack)
+    return _inspect(spec, given, given.output_class)
 
 
 def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
@@ -113,7 +116,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
     shares = {site.label: 1 - widths[site.name] / site.neurons for site in sites if site.name in widths}
     prunable: list[PrunableSites] = []
     unprunable: dict[str, str] = {}
-    kept = {site.label: widths[site.name] for site in sites if site.name in widths}
+    kept = {site.label: widths[site.name] for site in reversed(sites) if site.name in widths}
     for kind in labels(spec.family):
         for in_place in (True,) if budget.keep_shape else (False, True):
             try:
@@ -129,6 +132,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         model_class=spec.model_class.__name__,
         dtype=str(spec.dtype).removeprefix("torch."),
         blocks=len(block_paths(spec.meta_model, spec.family)),
+        stacks={stack.stack: len(find_blocks(spec.meta_model, stack)) for stack in spec.family.stacks},
         sites=tuple(prunable),
         lacking=dict(_find_lacking(spec)),
         unprunable=unprunable,
@@ -173,9 +177,9 @@ def _inspect_kind(
         raise PrunePeakError(
             f"the {kind} has {site.neurons} neurons and loses {step} at a time, so none would be left."
         )
-    conversion = choose_conversion(
-        spec, sites, {one.name: kept or site.neurons - step for one in sites}, spec.dtype, output_class
-    )
+    width = kept or site.neurons - step
+    widths = {one.name: match_width(one, site, width, budget.multiple_of) for one in sites}
+    conversion = choose_conversion(spec, sites, widths, spec.dtype, output_class)
     folded_into = "nowhere: no bias takes them, so they are zero"
     if not site.kind.holds_constants:
         folded_into = "nowhere: the router chooses among the experts that are left"

@@ -20,6 +20,7 @@ from .memory import Workload, estimate_workload, plan_execution
 from .models.execution import ExecutionConfig, find_device
 from .models.forward import check_forward
 from .models.loading import Model, ModelSpec, open_model
+from .models.stacks import choose_stacks
 from .options import AUTO, Budget, CompressOptions
 from .progress import phase
 from .proof import prove
@@ -85,7 +86,7 @@ def prepare(model: str, options: CompressOptions) -> Job:
     """
     find_device(options.device)  # raises
     with phase("open the model"):
-        source = open_model(model, options.revision)
+        source = choose_stacks(open_model(model, options.revision), options.stack)
         check_forward(source)
         sites, allocations = plan_widths(source, options, options.output_class)
         conversion = convert(source, sites, allocations[0], options.output_class)

@@ -121,6 +121,9 @@ class Budget(Options):
         parse="names",
         shown="mlp",
     )
+    stack: tuple[str, ...] | None = option(
+        None, "Lists of blocks to prune, where `inspect` names several: encoder, decoder.", parse="names", shown="all"
+    )
     unit: str = option(
         HEAD,
         "What leaves an attention together: heads, as many of every KV group; whole KV groups, which shrinks the cache;"

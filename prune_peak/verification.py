@@ -28,6 +28,7 @@ from .healing.windows import HELD_OUT_FILE, choose_data, load_data, recorded_rea
 from .models.execution import CPU, ExecutionConfig
 from .models.families import tensors_by_block
 from .models.loading import Model, open_model
+from .models.stacks import choose_stacks
 from .options import SELF
 from .probes import Hooks, Outputs, Whole, probe_batches, run_streamed
 from .progress import next_stage, phase, stages, track
@@ -95,6 +96,7 @@ def _verify(
         _check_healing(result, folder, recipe, original, written, data)
     elif result.passed and original is not None:
         options = recipe["options"]
+        original, written = (choose_stacks(model, options.get("stack")) for model in (original, written))
         sites = find_sites(
             original.meta_model, original.family, options["sites"], options["unit"], options["keep_shape"]
         )

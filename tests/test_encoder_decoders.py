@@ -145,3 +145,26 @@ def test_what_an_encoder_decoder_does_not_do_is_refused(bart: Path, text: Path, 
         prune_peak.compress(str(bart), 0.5, tmp_path / "out", samples=8, sequence_length=32)
     with pytest.raises(PrunePeakError, match="has no targets; expected rows with a text and a target"):
         prune_peak.evaluate([str(bart)], str(text), sequence_length=32)
+
+
+def test_one_stack_is_chosen(bart: Path, rows: Path, tmp_path: Path) -> None:
+    """The other one is copied, and named as left whole; where both share a width, the choice is refused."""
+    inspection = prune_peak.inspect(str(bart), 0.5)
+    assert inspection.stacks == {"encoder": 1, "decoder": 2}
+    assert [(site.neurons, site.kept) for site in inspection.sites] == [(32, 16)]
+    only = prune_peak.inspect(str(bart), 0.5, stack="decoder")
+    assert [(site.neurons, site.kept) for site in only.sites] == [(48, 24)]
+    assert "stack does not name it" in only.unprunable["left whole: encoder.layers"]
+    options = {"calibration": str(rows), "samples": 8, "sequence_length": 24, "refit": False}
+    result = prune_peak.compress(str(bart), 0.5, tmp_path / "out", stack="decoder", **options)
+    assert result.before.neurons == {"mlp": 96}
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim) == (32, 24)
+    assert prune_peak.verify(tmp_path / "out", open_model(str(bart))).passed
+    with pytest.raises(PrunePeakError, match="expected encoder, decoder, or several"):
+        prune_peak.inspect(str(bart), 0.5, stack="text")
+
+
+def test_stacks_with_one_width_are_pruned_together(t5: Path) -> None:
+    with pytest.raises(PrunePeakError, match="has one d_ff for encoder and decoder"):
+        prune_peak.inspect(str(t5), 0.25, stack=("encoder",))

@@ -287,6 +287,7 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
     i = inspection
     return [
         ("model", f"{i.model} ({i.model_class}, {i.dtype})"),
+        *([("blocks", ", ".join(f"{name} {count}" for name, count in i.stacks.items()))] if len(i.stacks) > 1 else []),
         *(
             (
                 site.kind,

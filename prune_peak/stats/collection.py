@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.windows import into_batches
 from ..errors import PrunePeakError, spell
 from ..models.execution import ExecutionConfig
+from ..models.families import Family
 from ..models.loading import IMAGES, Model, open_model
 from ..models.stream import Batch, Step, Stream
 from ..models.streaming import BlockRun
@@ -221,6 +222,7 @@ class CollectionRequest:
 
     model: str
     revision: str | None
+    family: Family
     sites: Sequence[Site]
     windows: Tensor
     dtype: torch.dtype
@@ -242,7 +244,9 @@ def collect_together(
 ) -> Iterator[SiteStats]:
     """`collect` over windows, shared between all processes that torchrun started; rank 0 calls this."""
     group = current()
-    request = CollectionRequest(source.name, source.revision, sites, windows, dtype, for_refit, execution)
+    request = CollectionRequest(
+        source.name, source.revision, source.family, sites, windows, dtype, for_refit, execution
+    )
     if sites:
         group.broadcast(request)
     yield from request.run(source, group)
@@ -251,5 +255,6 @@ def collect_together(
 def run_worker(group: ProcessGroup) -> None:
     """Take part in every collection of rank 0, until it broadcasts None."""
     while (request := group.broadcast()) is not None:
-        for _ in request.run(open_model(request.model, request.revision), group):
+        source = replace(open_model(request.model, request.revision), family=request.family)
+        for _ in request.run(source, group):
             pass
