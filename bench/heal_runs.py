@@ -14,8 +14,8 @@ from typing import Any
 
 import prune_peak
 from prune_peak.evaluation.talk import evaluate_talk
+from prune_peak.healing.job import prepare_heal
 from prune_peak.healing.options import HealOptions
-from prune_peak.recovery import prepare_heal
 
 
 def measure(original: str, compressed: str, test: str | None, talk: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def measure(original: str, compressed: str, test: str | None, talk: bool, option
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "memory_planned": planned,
         "divergence": [result.divergence_before, result.divergence_after],
-        "held_out_perplexity": [result.perplexity_original, result.perplexity_before, result.perplexity_after],
+        "held_out_perplexity": [result.score_original, result.score_before, result.score_after],
     }
     models = [original, compressed, str(output)]
     if test is not None:

@@ -16,6 +16,7 @@ from .data.self_generated import cache_path
 from .data.windows import BATCH_IMAGES, held_out_count, own_samples, window_length
 from .errors import PrunePeakError, spell
 from .models.bfloat16 import factor_type
+from .models.config_keys import vision_config
 from .models.execution import BATCH_TOKENS, DTYPES, PASSAGE, WHOLE_SIZE, ExecutionConfig, default_dtype, find_device
 from .models.families import find_blocks
 from .models.loading import Model, count_patches
@@ -171,7 +172,8 @@ def _own_text_memory(source: Model, passages: int) -> int:
 
 
 def _hidden_size(model: Model) -> int:
-    return int(model.meta_model.get_input_embeddings().weight.shape[-1])
+    weight = getattr(model.meta_model.get_input_embeddings(), "weight", None)
+    return int(vision_config(model.config).hidden_size if weight is None else weight.shape[-1])
 
 
 def _is_outside(source: Model, name: str) -> bool:
@@ -183,7 +185,7 @@ def estimate_healing(original: Model, model: Model, tokens: int, method: str) ->
     config = model.config
     trained = model.parameters if method == FULL else 0  # adapters are a few per cent
     states = 4 * (original.parameters + model.parameters + 3 * trained)  # gradient and two moments, in float32
-    logits = 4 * LOGITS_COPIES * tokens * model.vocabulary
+    logits = 4 * LOGITS_COPIES * tokens * (model.vocabulary if model.meta_model.get_output_embeddings() else 0)
     width = getattr(config, "intermediate_size", 0)
     kept = HIDDEN_COPIES * _hidden_size(model) + MLP_COPIES * (width if isinstance(width, int) else 0)
     return BASE_MEMORY + states + logits + 4 * tokens * len(find_blocks(model.meta_model, model.family)) * kept

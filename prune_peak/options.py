@@ -331,7 +331,7 @@ class VerifyOptions(HubOptions):
 
     original: str | None = option(None, "The original (folder or Hub id), to compare tensors and outputs with.")
     data: str | None = option(
-        None, "The text that a healed folder learned on, to measure its held-out windows again.", parse="one"
+        None, "What a healed folder learned on, to measure what was held out of it again.", parse="one"
     )
 
 

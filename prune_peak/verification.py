@@ -18,11 +18,11 @@ import transformers
 from .conversion.choice import choose_conversion
 from .conversion.layout import Conversion
 from .errors import PrunePeakError, spell
-from .evaluation.divergence import measure_distance
 from .export.digests import changed_files, changed_tensors
 from .export.folder import prune_block
 from .export.recipe import read_plan, read_recipe
 from .export.tokenizer import behaves_alike
+from .healing.objectives import find_objective, measure_distance
 from .healing.training import into_batches
 from .healing.windows import HELD_OUT_FILE, choose_data, load_data, recorded_reading
 from .models.execution import CPU, ExecutionConfig
@@ -71,7 +71,7 @@ def verify(
         folder: what was written.
         original: what it was compressed from.
         execution: the device and the memory to stay within.
-        data: the text that a healed folder learned on, to measure its held-out windows again.
+        data: the text, or images, that a healed folder learned on, to measure what was held out again.
 
     Raises:
         PrunePeakError: prune-peak did not write the folder, or it belongs to another original.
@@ -223,15 +223,14 @@ def _check_healing(
         rows = choose_data(original, recipe, data, healing["tokens"], healing["seed"], reading).held_out
     else:
         log.warning(
-            "The held-out windows are not measured again: pass the text %s with %s.", healing["data"], spell("data")
+            "What was held out is not measured again: pass the data, %s, with %s.", healing["data"], spell("data")
         )
         return
-    batches = into_batches(rows, CPU)
-    found, told = (
-        measure_distance(original.load(torch.float32), written.load(torch.float32), batches).kl,
-        healing["divergence"]["after"],
-    )
-    seen = f"divergence {found:.4f} on held-out windows, told {told:.4f}; other promises of compress no longer hold"
+    objective = find_objective(original)
+    models = (original.load(torch.float32), written.load(torch.float32))
+    found = measure_distance(objective, *models, into_batches(objective, rows, CPU)).divergence
+    told = healing["divergence"]["after"]
+    seen = f"divergence {found:.4f} on what was held out, told {told:.4f}; other promises of compress no longer hold"
     result.add("as near to the original as told", abs(found - told) <= TOLD_BOUND * told, seen)
 
 

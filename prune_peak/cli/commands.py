@@ -137,9 +137,10 @@ def calibrate(model: str, as_json: bool, **options: Any) -> None:
 def heal(folder: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Train a folder that `compress` wrote to predict what the original predicts, and write another folder.
 
-    The class and the shapes stay. Without --data, it learns on the text of the calibration; a model that was calibrated
-    on its own text learns on text and chat that the original writes. The best state on held-out windows is kept; where
-    nothing gets better, nothing is written. A run that was stopped resumes.
+    The class and the shapes stay. Without --data, it learns on the data of the calibration; a model that was calibrated
+    on its own text learns on text and chat that the original writes. An encoder without a head learns the original's
+    hidden states. The best state on held-out data is kept; where nothing gets better, nothing is written. A run that
+    was stopped resumes.
 
     \b
     Examples:
@@ -147,8 +148,8 @@ def heal(folder: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
       prune-peak heal ./smaller --original ./my-model --data notes.txt --tokens 200k
       accelerate launch -m prune_peak heal ./smaller --original ./my-model
     """
+    from ..healing.job import prepare_heal
     from ..recovery import heal as run
-    from ..recovery import prepare_heal
 
     if dry_run:
         job = prepare_heal(folder, HealOptions(**options))

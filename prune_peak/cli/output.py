@@ -78,13 +78,14 @@ def print_compression(result: "CompressionResult") -> None:
 def print_healing(result: "HealResult") -> None:
     """The distance from the original before and after."""
     r = result
+    digits = 2 if "perplexity" in r.metric else 4
     rows = [
         ("", "original", "compressed", "healed"),
-        ("KL from the original, nats per token", "0", f"{r.divergence_before:.4f}", f"{r.divergence_after:.4f}"),
-        ("perplexity", *(f"{p:.2f}" for p in (r.perplexity_original, r.perplexity_before, r.perplexity_after))),
+        (r.distance, "0", f"{r.divergence_before:.4f}", f"{r.divergence_after:.4f}"),
+        (r.metric, *(f"{score:.{digits}f}" for score in (r.score_original, r.score_before, r.score_after))),
     ]
     click.echo(_table(rows))
-    click.echo(f"On held-out windows of {r.data}; {r.tokens:,} tokens learned ({r.method}).")
+    click.echo(f"On a held-out part of {r.data}; {r.tokens:,} tokens learned ({r.method}).")
     click.echo(f"\nVerified. Written to {r.output}; it loads as the compressed folder does.")
 
 

@@ -17,7 +17,7 @@ from ..data.texts import load_tokenizer, read_windows
 from ..data.windows import BATCH_IMAGES, IGNORED, PADDING, Windows, into_batches, join, name_data, window_length
 from ..errors import PrunePeakError, spell
 from ..models.execution import ExecutionConfig
-from ..models.loading import DECODER_IDS, Model
+from ..models.loading import DECODER_IDS, Model, ModelSpec
 from ..models.stream import Batch
 from ..models.whole import open_stream
 from ..options import EVALUATED, FIRST_PART, DataOptions
@@ -89,8 +89,6 @@ def build_eval_set(model: Model, windows: Tensor, text: str) -> EvalSet:
     """Predict every next token of windows, (windows, length), or of the decoder's, (pairs, 2, length); or, for a
     masked LM, the masked tokens.
 
-    A seeded 15 % of the ordinary tokens of each window are masked.
-
     Raises:
         PrunePeakError: a masked LM whose tokenizer has no mask token.
     """
@@ -104,6 +102,19 @@ def build_eval_set(model: Model, windows: Tensor, text: str) -> EvalSet:
         targets = windows.roll(-1, dims=1)
         targets[:, -1] = IGNORED
         return EvalSet(PERPLEXITY, text, into_batches(windows, tokens=1), targets.split(1))
+    inputs, targets = mask_tokens(model, windows)
+    return EvalSet(MASKED_ACCURACY, text, into_batches(inputs, tokens=1), targets.split(1))
+
+
+def mask_tokens(model: ModelSpec, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask a seeded 15 % of the ordinary tokens of each window, (windows, length).
+
+    Returns:
+        The masked windows, and what was masked (IGNORED elsewhere), (windows, length) each.
+
+    Raises:
+        PrunePeakError: the tokenizer has no mask token.
+    """
     tokenizer = load_tokenizer(model)
     if tokenizer.mask_token_id is None:
         raise PrunePeakError(f"the tokenizer of {model.name} has no mask token, which a masked LM is evaluated with.")
@@ -111,9 +122,7 @@ def build_eval_set(model: Model, windows: Tensor, text: str) -> EvalSet:
     order = torch.rand(windows.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~ordinary, 2.0)
     count = (MASKED * ordinary.sum(1, keepdim=True)).round().clamp_min(1)
     masked = ordinary & (order.argsort(1).argsort(1) < count)
-    inputs = windows.masked_fill(masked, tokenizer.mask_token_id)
-    targets = windows.masked_fill(~masked, IGNORED)
-    return EvalSet(MASKED_ACCURACY, text, into_batches(inputs, tokens=1), targets.split(1))
+    return windows.masked_fill(masked, tokenizer.mask_token_id), windows.masked_fill(~masked, IGNORED)
 
 
 def build_given_eval_set(

@@ -65,7 +65,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], source: Model) -> None:
         images=source.sees_images,
         shares=" and ".join(f"{share:.0%} of the {name_units(kind)}" for kind, share in _shares(recipe)),
         warnings=recipe["warnings"],
-        healing=_describe_healing(recipe),
+        healing=_describe_healing(recipe, source.sees_images),
         conclusion=_conclude(recipe),
         summary=_summarize(recipe),
         rows=list(_rows(recipe)),
@@ -129,7 +129,7 @@ def _reproduce_healing(recipe: Mapping[str, Any]) -> str | None:
     return f"prune-peak heal {MADE} --original {_name_source(recipe)} \\\n  {given}"
 
 
-def _describe_healing(recipe: Mapping[str, Any]) -> str | None:
+def _describe_healing(recipe: Mapping[str, Any], images: bool) -> str | None:
     """What healing did, in two sentences."""
     if "healing" not in recipe:
         return None
@@ -137,9 +137,9 @@ def _describe_healing(recipe: Mapping[str, Any]) -> str | None:
     distance = healing["divergence"]
     what = "all weights" if healing["method"] == FULL else "adapters, merged into the weights"
     return (
-        f"It was then trained on {healing['tokens']:,} tokens of {healing['source']} to predict what the original "
-        f"predicts ({what}). On held-out windows of this data, its divergence from the original (KL per token) went "
-        f"from {distance['before']:.3f} to {distance['after']:.3f} nats."
+        f"It was then trained on {healing['tokens']:,} {'patches' if images else 'tokens'} of {healing['source']} "
+        f"{healing['aim']} ({what}). On held-out {'images' if images else 'windows'} of this data, its divergence from "
+        f"the original ({healing['distance']}) went from {distance['before']:.3g} to {distance['after']:.3g}."
     )
 
 
@@ -213,7 +213,7 @@ def _conclude(recipe: Mapping[str, Any]) -> str:
     """What it saves and what it costs, in one sentence."""
     before, after = (recipe[side]["bytes"] for side in ("before", "after"))
     saved = f"{1 - after / before:.0%} smaller than" if after < before else "as large as"
-    metric = (recipe["quality"]["before"] or {}).get("metric", PERPLEXITY)
+    metric = (recipe["quality"]["before"] or recipe.get("healing") or {}).get("metric", PERPLEXITY)
     rows = [row for row in _rows(recipe) if row[0].startswith(metric)]
     costs = [f"{name.partition(',')[0]} {second} instead of {first}" for name, first, second, _ in rows]
     if recipe["talk"]:
@@ -260,10 +260,12 @@ def _rows(recipe: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         change = f"{after['cache'] / before['cache'] - 1:+.1%}"
         yield "KV cache, bytes per token", f"{before['cache']:,}", f"{after['cache']:,}", change
     if "healing" in recipe:
-        perplexity = recipe["healing"]["perplexity"]
-        numbers = [perplexity[name] for name in ("original", "after", "before")]
-        change = f"x{numbers[1] / numbers[0]:.3f} (x{numbers[2] / numbers[0]:.3f} before healing)"
-        yield "perplexity, held-out windows", f"{numbers[0]:.2f}", f"{numbers[1]:.2f}", change
+        score, metric = recipe["healing"]["score"], recipe["healing"]["metric"]
+        numbers = [score[name] for name in ("original", "after", "before")]
+        change, digits = f"{numbers[2]:.4f} before healing", 4
+        if PERPLEXITY in metric:
+            change, digits = f"x{numbers[1] / numbers[0]:.3f} (x{numbers[2] / numbers[0]:.3f} before healing)", 2
+        yield f"{metric}, held out", f"{numbers[0]:.{digits}f}", f"{numbers[1]:.{digits}f}", change
     if recipe["talk"]:
         before, after = recipe["talk"]["before"], recipe["talk"]["after"]
         prompts = before["prompts"]

@@ -16,11 +16,12 @@ class HealOptions(ResourceOptions, SeedOptions, HubOptions, DataOptions):
     )
     data: str | None = option(
         None,
-        "Data to learn on: self (text and chat that the original writes), a text, or a Hub data set.",
+        "Data to learn on: self (text and chat that the original writes), a text, a folder of images, or a Hub data "
+        "set.",
         parse="one",
         shown="that of the calibration",
     )
-    tokens: int = option(50_000, "Tokens to learn on, e.g. 50k.", least=1, parse="count")
+    tokens: int = option(50_000, "Tokens (of images: patches) to learn on, e.g. 50k.", least=1, parse="count")
     method: str | None = option(
         None,
         "Train all weights (full), or adapters that are merged at the end (lora, needs the extra `lora`).",

@@ -1,6 +1,7 @@
-"""The training of `heal`: transformers' Trainer, with the divergence from the original as the loss."""
+"""The training of `heal`: transformers' Trainer, with the distance from the original as the loss."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.windows import IGNORED
+from ..data.windows import BATCH_IMAGES, IGNORED
 from ..errors import PrunePeakError, spell
-from ..evaluation.divergence import divergence, measure_distance
+from ..models.loading import IMAGES
 from ..options import LORA
 from ..progress import open_bar
-from .windows import HealingData, Row
+from .objectives import NextTokens, Objective, Row, measure_distance
+from .windows import HealingData
 
 STEP_TOKENS = 512  # of one update
 RATES = {"full": 1e-4, "lora": 1e-3}
@@ -35,12 +37,16 @@ METRIC = "eval_kl"
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed
-    """Minimizes KL(original || model), summed over the counted tokens of a step and divided by their number."""
+    """Minimizes the distance from the original, summed over what is counted in a step and divided by its number."""
 
-    def __init__(self, original: PreTrainedModel, held_out: Sequence[Row], **options: Any) -> None:
+    def __init__(
+        self, objective: Objective, original: PreTrainedModel, held_out: Sequence[Row], **options: Any
+    ) -> None:
         super().__init__(data_collator=collate, eval_dataset=held_out, **options)
+        self.model_accepts_loss_kwargs = True  # so that it counts, whatever the class takes
+        self.objective = objective
         self.original = original.to(self.args.device)
-        self.held_out = into_batches(held_out, self.args.device)
+        self.held_out = into_batches(objective, held_out, self.args.device)
         self.remove_callback(PrinterCallback)
 
     def compute_loss(
@@ -50,22 +56,23 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]  # transformers is not
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one batch; `num_items_in_batch` counts the tokens of the step in all processes."""
-        counted = inputs.pop("labels") != IGNORED
-        inputs.pop("shift_labels")
+        """The loss of one batch; `num_items_in_batch` counts the labels of the step in all processes."""
+        model.eval()  # what it is to learn has no dropout
+        given = self.objective.inputs(inputs)
         with torch.no_grad():
-            expected = self.original(**inputs).logits[counted]
-        outputs = model(**inputs)
+            expected = self.original(**given)
+        outputs = model(**given)
         assert num_items_in_batch is not None
-        total = divergence(expected, outputs.logits[counted]).sum()
+        total = self.objective.distances(expected, outputs, inputs).sum()
         loss = total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The divergence on the held-out rows; every process computes the whole."""
+        """The distance on the held-out rows; every process computes the whole."""
         assert self.model is not None
         self.model.eval()
-        metrics = {METRIC: measure_distance(self.original, self.model, self.held_out).kl}
+        distance = measure_distance(self.objective, self.original, self.model, self.held_out)
+        metrics = {METRIC: distance.divergence}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -88,6 +95,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 def train(
+    objective: Objective,
     original: PreTrainedModel,
     model: PreTrainedModel,
     data: HealingData,
@@ -109,10 +117,13 @@ def train(
     """
     if method == LORA:
         model = _add_adapters(model)
+    else:  # Trainer reads checkpoints by the names of the class, which differ from those on disk in some
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     model.config.use_cache = False
-    arguments = _arguments(data, tokens, method, folder, seed, tokens_at_once, on_cpu)
+    arguments = _arguments(objective, data, tokens, method, folder, seed, tokens_at_once, on_cpu)
     bars = [Progress()] if arguments.process_index == 0 else []
     trainer = DistillationTrainer(
+        objective,
         original,
         data.held_out,
         model=model,
@@ -126,15 +137,23 @@ def train(
 
 
 def _arguments(
-    data: HealingData, tokens: int, method: str, folder: Path, seed: int, tokens_at_once: int, on_cpu: bool
+    objective: Objective,
+    data: HealingData,
+    tokens: int,
+    method: str,
+    folder: Path,
+    seed: int,
+    tokens_at_once: int,
+    on_cpu: bool,
 ) -> TrainingArguments:
-    rows = max(1, round(STEP_TOKENS * len(data.train) / data.tokens))  # of a step
+    usual = max(1, round(STEP_TOKENS * len(data.train) / data.tokens))
+    rows = max(usual, objective.least_rows)  # of a step
     steps = max(1, round(tokens / data.tokens * len(data.train) / rows))
     every = min(steps, max(LEAST_STEPS, steps // EVALUATIONS))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        learning_rate=RATES[method],
+        learning_rate=RATES[method] * objective.rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(5, steps // 4),
         weight_decay=0.0,
@@ -150,12 +169,13 @@ def _arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=on_cpu,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=not isinstance(objective, NextTokens),  # such as a mask token, or a pooler
         bf16=not on_cpu and torch.cuda.is_bf16_supported(),
         seed=seed,
     )
     processes = arguments.world_size
-    arguments.per_device_train_batch_size = max(1, rows * tokens_at_once // STEP_TOKENS // processes)
+    at_once = 1 if objective.one_row else usual * tokens_at_once // STEP_TOKENS // processes
+    arguments.per_device_train_batch_size = max(1, at_once)
     arguments.gradient_accumulation_steps = max(1, rows // (processes * arguments.per_device_train_batch_size))
     return arguments
 
@@ -171,7 +191,11 @@ def _add_adapters(model: PreTrainedModel) -> Any:
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows as one batch, padded on the right where their lengths differ."""
+    """Rows as one batch, padded on the right where their lengths differ; rows without labels count once each."""
+    if "labels" not in rows[0]:
+        [name] = rows[0]
+        once = torch.zeros(len(rows), 1, dtype=torch.long)
+        return {name: torch.stack([row[name] for row in rows]), "labels": once, "shift_labels": once}
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch = {
         "input_ids": pad_sequence([row["input_ids"] for row in rows], batch_first=True),
@@ -183,8 +207,9 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     return batch
 
 
-def into_batches(rows: Sequence[Row], device: torch.device) -> list[dict[str, Tensor]]:
+def into_batches(objective: Objective, rows: Sequence[Row], device: torch.device) -> list[dict[str, Tensor]]:
     """Rows as batches of about the tokens of a step, as `measure_distance` takes them."""
-    size = max(1, STEP_TOKENS // max(len(row["input_ids"]) for row in rows))
+    size = BATCH_IMAGES if IMAGES in rows[0] else max(1, STEP_TOKENS // max(len(row["input_ids"]) for row in rows))
+    size = 1 if objective.one_row else size
     batches = [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     return [{name: t.to(device) for name, t in batch.items() if name != "shift_labels"} for batch in batches]
