@@ -162,6 +162,7 @@ class HiddenStates(Objective):
     """The hidden states of the last block, by direction and length; and the pooled state, where the class has one."""
 
     aim = "to give the hidden states that the original gives"
+    rate = 0.3
     distance = "1 - cosine, plus the squared relative difference of lengths"
     metric = "cosine to the original's hidden states"
 
