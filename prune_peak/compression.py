@@ -24,6 +24,7 @@ from .export.recipe import (
     describe_shares,
     describe_sites,
     describe_steps,
+    measure_shares,
     measure_size,
     write_json,
 )
@@ -36,8 +37,10 @@ from .option_fields import takes
 from .options import CompressOptions, Ratio
 from .progress import next_stage, stages
 from .pruning.allocation import choose_allocation
+from .pruning.block_choice import choose_blocks
 from .pruning.budget import Widths
 from .pruning.site_pruning import plan_site
+from .sites.blocks import BlocksSite
 from .sites.plan import RefitResult, SiteResult
 from .stats.calibration import Calibration
 from .verification import Verification, verify
@@ -116,11 +119,16 @@ def compress(
 
 def _choose_conversion(job: Job, calibration: Calibration, run: ResumableRun) -> Conversion:
     """The allocation that loses least where there are several, converted; an unfinished run has chosen already."""
-    if len(job.allocations) == 1:
+    blocks = [site for site in job.sites if isinstance(site, BlocksSite)]
+    if len(job.allocations) == 1 and not blocks:
         return job.conversion
     stored: Widths | None = run.lookup("kept")
-    if stored is not None and stored in job.allocations:
+    if stored is not None and (stored in job.allocations or blocks):
         return job.convert(stored)
+    if blocks:
+        widths = choose_blocks(job.source, blocks, len(job.allocations[0]), calibration, job.options, job.execution)
+        run.store("kept", widths)
+        return job.convert(widths)
     widest = {site.name: job.allocations[0].get(site.name, site.neurons) for site in job.sites}
     sites = job.convert(widest).sites
     eval_set = build_held_out_eval_set(job.source, calibration.windows)
@@ -229,7 +237,7 @@ def _summarize(
     talk: Sequence[Talk],
     verification: Verification,
 ) -> CompressionResult:
-    share = {site.label: 1 - conversion.kept[site.name] / site.neurons for site in conversion.sites}
+    share = measure_shares(conversion.sites, conversion.kept)
     return CompressionResult(
         output=job.folder,
         model_class=recipe["output_class"],

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from .data.self_generated import generate_tokens
 from .data.texts import load_tokenizer
 from .data.windows import held_out_count, into_batches, own_samples
 from .errors import PrunePeakError
-from .export.recipe import describe_shares, describe_steps
+from .export.recipe import describe_shares, describe_steps, measure_shares
 from .job import Job, convert, plan_widths, prepare
 from .models.families import block_paths, find_blocks
 from .models.loading import Model, ModelSpec, count_patches, open_model, open_model_spec
@@ -25,9 +25,12 @@ from .models.stacks import choose_stacks
 from .models.whole import open_stream
 from .option_fields import takes
 from .options import Budget, CompressOptions, InspectOptions, Ratio
+from .pruning.block_choice import SCORED_TOKENS
 from .pruning.budget import Widths, count_parameters, match_width
 from .pruning.site_pruning import plan_site
+from .sites.blocks import CHOICE_TOKENS, Blocks, BlocksSite, removed_blocks
 from .sites.finding import find_left_whole, find_sites, labels
+from .sites.site import Site
 from .stats.collection import collect
 
 # What `estimate` adds to what it times
@@ -83,6 +86,8 @@ class Inspection:
 def inspect(model: str, ratio: Ratio | None = None, **options: Any) -> Inspection:
     """Describe what `compress` would do to a model, from its config; at a ratio of 0.3 by default.
 
+    Of whole blocks only if they are asked for.
+
     For a size target over several kinds of site, the allocation that prunes them most evenly is shown; `compress`
     measures which one is best.
 
@@ -113,11 +118,11 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
     widths = min(allocations, key=most_pruned)
     conversion = convert(spec, sites, widths, output_class)
     before, after = count_parameters(spec.meta_model), count_parameters(conversion.meta_model)
-    shares = {site.label: 1 - widths[site.name] / site.neurons for site in sites if site.name in widths}
+    shares = measure_shares([site for site in sites if site.name in widths], widths)
     prunable: list[PrunableSites] = []
     unprunable: dict[str, str] = {}
-    kept = {site.label: widths[site.name] for site in reversed(sites) if site.name in widths}
-    for kind in labels(spec.family):
+    kept = {site.label: _count_kept(site, widths) for site in reversed(sites) if site.name in widths}
+    for kind in (each for each in labels(spec.family) if each != Blocks.label or each in budget.kinds):
         for in_place in (True,) if budget.keep_shape else (False, True):
             try:
                 prunable.append(_inspect_kind(spec, budget, output_class, kind, kept.get(kind), in_place))
@@ -172,6 +177,8 @@ def _inspect_kind(
         PrunePeakError: it cannot be pruned.
     """
     sites = find_sites(spec.meta_model, spec.family, [kind], budget.unit, in_place)
+    if isinstance(sites[0], BlocksSite):
+        return _inspect_blocks(spec, output_class, sites, kept)
     site, step = sites[0], sites[0].kind.step(sites[0], budget.multiple_of)
     if site.neurons <= step:
         raise PrunePeakError(
@@ -184,14 +191,39 @@ def _inspect_kind(
     if not site.kind.holds_constants:
         folded_into = "nowhere: the router chooses among the experts that are left"
     elif not conversion.zero_filled:
-        written = find_sites(conversion.meta_model, conversion.family, [kind], budget.unit, in_place)[0]
-        assert written.folded_into is not None
-        module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix("bias").rstrip("._")
-        folded_into = f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
+        folded_into = _name_bias(find_sites(conversion.meta_model, conversion.family, [kind], budget.unit, in_place)[0])
     written_as = conversion.model_class.__name__
     blocks = len({one.block for one in sites if one.block < len(block_paths(spec.meta_model, spec.family))})
     kept = kept or site.neurons
     return PrunableSites(kind, blocks, site.neurons, step, kept, written_as, folded_into, in_place)
+
+
+def _inspect_blocks(spec: ModelSpec, output_class: str, sites: Sequence[Site], kept: int | None) -> PrunableSites:
+    """What becomes of the blocks."""
+    able = [site for site in sites if removed_blocks([site])]
+    if not able:
+        raise PrunePeakError(f"no block can leave: the first one stays, and {len(sites)} have an MLP.")
+    blocks = len(find_blocks(spec.meta_model, spec.family))
+    leaving = able[-(blocks - kept) if kept else -1 :]
+    widths = {site.name: site.always_kept for site in leaving}
+    conversion = choose_conversion(spec, leaving, widths, spec.dtype, output_class)
+    folded_into = "nowhere: no bias takes them, so they are zero"
+    if not conversion.zero_filled:
+        folded_into = _name_bias(find_sites(conversion.meta_model, conversion.family, [Blocks.label])[0])
+    written_as = conversion.model_class.__name__
+    return PrunableSites(Blocks.label, blocks, blocks, 1, kept or blocks, written_as, folded_into, False)
+
+
+def _name_bias(written: Site) -> str:
+    """Where constants go, from a site of the written class."""
+    assert written.folded_into is not None
+    module = written.folded_into.split(f".{written.block}.", 1)[1].removesuffix("bias").rstrip("._")
+    return f"to the bias of {module}" + (f", opened by {written.bias_key}" if written.bias_key else "")
+
+
+def _count_kept(site: Site, widths: Widths) -> int:
+    """The neurons that stay at a site, or the blocks of the model."""
+    return site.blocks - len(widths) if isinstance(site, BlocksSite) else widths[site.name]
 
 
 @dataclass(frozen=True)
@@ -222,7 +254,12 @@ def estimate(model: str, ratio: Ratio | None = None, **options: Any) -> tuple[In
     inspection = _inspect(job.source, job.options, job.options.output_class)
     pruning, forward = _time_block(job)
     head = forward * _head_share(job.source)
-    seconds = START_SECONDS + pruning * inspection.blocks
+    leaving = len(job.allocations[0]) if Blocks.label in job.options.kinds else 0
+    # of blocks, each run that leaves is measured once; to choose, every block is left out for a few tokens
+    seconds = START_SECONDS + pruning * (leaving or inspection.blocks)
+    if leaving:
+        seconds += forward * inspection.blocks * (job.workload.tokens + CHOICE_TOKENS)
+        seconds += (forward * inspection.blocks / 2 + head) * SCORED_TOKENS * inspection.blocks
     seconds += (forward * inspection.blocks + head) * (
         _evaluated_tokens(job) * (2 - inspection.share) + VERIFIED_TOKENS + TALK_TOKENS * _talks(job)
     )

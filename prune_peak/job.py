@@ -24,7 +24,8 @@ from .models.stacks import choose_stacks
 from .options import AUTO, Budget, CompressOptions
 from .progress import phase
 from .proof import prove
-from .pruning.budget import Widths, find_allocations
+from .pruning.budget import Widths, drop_last, find_allocations
+from .sites.blocks import Blocks, BlocksSite
 from .sites.finding import find_sites
 from .sites.site import Site
 from .stats.calibration import Calibration, measure
@@ -91,6 +92,11 @@ def prepare(model: str, options: CompressOptions) -> Job:
         sites, allocations = plan_widths(source, options, options.output_class)
         conversion = convert(source, sites, allocations[0], options.output_class)
     statistics = None
+    if options.stats is not None and Blocks.label in options.kinds:
+        raise UsageError(
+            f"a statistics file holds nothing of whole blocks, which are compared on the calibration data. Remove "
+            f"{spell('stats', options.stats)}."
+        )
     if options.stats is not None:
         statistics = load_statistics(Path(options.stats), source, sites)
         statistics.check(sites, options.refit, options.fill == AUTO, len(allocations) > 1)
@@ -125,6 +131,9 @@ def plan_widths(spec: ModelSpec, budget: Budget, output_class: str) -> tuple[lis
     """
     prove(spec, budget.kinds)
     sites = find_sites(spec.meta_model, spec.family, budget.kinds, budget.unit, budget.keep_shape)
+    able = [site for site in sites if isinstance(site, BlocksSite) and site.removed]
+    if able:
+        return sites, [drop_last(spec, able, budget, output_class)]
     return sites, find_allocations(spec, sites, budget, output_class)
 
 

@@ -22,6 +22,7 @@ from .models.families import find_blocks
 from .models.loading import Model, count_patches
 from .models.whole import BLOCKS_AT_ONCE
 from .options import FULL, PROCESSOR, CalibrationOptions
+from .sites.blocks import CHOICE_TOKENS, LONGEST_RUN, BlocksSite
 from .sites.site import Site
 
 BASE_MEMORY = 600_000_000  # bytes of a process after importing torch and transformers and drawing a figure
@@ -153,9 +154,16 @@ def _most_resident(source: Model, workload: Workload, batch_tokens: int, hidden_
         solving = 32 * neurons**2
     vocabulary = source.vocabulary
     held = states + measured + accumulator
+    chosen = 0
+    if any(isinstance(site, BlocksSite) for site in workload.sites):  # hidden states before a run, too
+        held += states
+        tokens = min(workload.tokens, CHOICE_TOKENS)
+        chosen = 4 * LONGEST_RUN * tokens * (neurons + hidden) + 4 * len(workload.sites) * tokens * hidden
+        chosen += 8 * min(tokens, neurons) ** 2
     phases: tuple[int, ...] = (
         weights + block * stored,  # while weights are read
         weights + held + batch,
+        weights + chosen + batch,
         held + solving,
         held + 2 * block * stored + 8 * neurons * hidden,  # while a block is written
         ends * (stored + max(width, wide)) + 12 * workload.length * vocabulary,  # the head in an evaluation

@@ -35,7 +35,7 @@ NO_FILL = "none"  # of whole experts
 FORMATS = {"gguf": "prune_peak.export.gguf"}
 
 # what a kind of site prunes, in prose; of others it is neurons
-UNIT_NAMES = {"mlp": "MLP neurons", "expert-mlp": "neurons of the experts", "experts": "experts"}
+UNIT_NAMES = {"mlp": "MLP neurons", "expert-mlp": "neurons of the experts", "experts": "experts", "blocks": "blocks"}
 
 
 def name_units(kind: str) -> str:
@@ -117,7 +117,8 @@ class Budget(Options):
     target_bytes: int | None = option(None, "Instead: size that the weights may have, e.g. 2GB.", parse="size")
     sites: tuple[str, ...] | None = option(
         None,
-        "Kinds of site to prune: mlp, attention, expert-mlp (narrower experts), experts (whole ones), or several.",
+        "Kinds of site to prune: mlp, attention, expert-mlp (narrower experts), experts (whole ones), or several; or "
+        "blocks (whole ones), alone.",
         parse="names",
         shown="mlp",
     )

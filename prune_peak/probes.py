@@ -38,7 +38,7 @@ class Hooks:
 
     def on(self, model: PreTrainedModel, block: int | None = None) -> AbstractContextManager[None]:
         """Hold the neurons of one block, or of all."""
-        return ablated(model, [site for site in self.sites if block in (None, site.block)], self.plan)
+        return ablated(model, [site for site in self.sites if block is None or site.covers(block)], self.plan)
 
 
 @dataclass

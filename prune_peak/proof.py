@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,20 @@ from .conversion.layout import Conversion
 from .errors import PrunePeakError, brief
 from .models.families import computed_names, tensors_by_block
 from .models.loading import ModelSpec
-from .models.miniature import build_miniature
+from .models.miniature import FEW_BLOCKS, build_miniature
 from .options import OWN
 from .pruning.budget import common_step, match_width
 from .pruning.site_pruning import keep_best
+from .sites.blocks import Blocks, BlocksSite
 from .sites.finding import find_sites
 from .sites.hooks import ablated
 from .sites.plan import SitePlan
 from .sites.site import Site
+from .stats.contributions import find_adjuster
 
 PROOF_BOUND = 2e-5  # of the largest output
 LEAST_EFFECT = 1e-3  # of the largest output, below which a mistake could hide
+MORE_BLOCKS = 4  # of the model that shows whether blocks can leave
 SHARES = (0.3, 0.5, 0.75)  # to prune; the larger ones for classes that support few numbers of heads
 
 
@@ -34,7 +38,7 @@ def prove(spec: ModelSpec, kinds: Sequence[str]) -> None:
     Raises:
         PrunePeakError: no such model runs, or pruning it changes what it computes.
     """
-    if not spec.family.discovered:
+    if not spec.family.discovered and Blocks.label not in kinds:
         return
     what = f"{spec.model_class.__name__} cannot be pruned ({', '.join(kinds)}): on a small random model of this class, "
     try:
@@ -56,13 +60,38 @@ def measure_law(spec: ModelSpec, kinds: Sequence[str]) -> tuple[float, float]:
     Raises:
         PrunePeakError: no class supports the smaller shapes.
     """
-    model, inputs = build_miniature(spec.model_class, spec.config)
+    model, inputs = build_miniature(spec.model_class, spec.config, MORE_BLOCKS if Blocks.label in kinds else FEW_BLOCKS)
     small = replace(spec, config=model.config, folder=Path(), name=f"a small {spec.model_class.__name__}")
     sites = find_sites(model, spec.family, kinds)
     conversion = _convert(small, sites)
+    for site in conversion.sites:
+        if isinstance(site, BlocksSite):
+            _require_adder(model, site, inputs)
     plan = _draw_plan(conversion)
     pruned = _prune(model, conversion, plan)
     return compare_outputs(model, pruned, conversion.sites, plan, inputs)
+
+
+@torch.inference_mode()
+def _require_adder(model: PreTrainedModel, site: BlocksSite, inputs: Mapping[str, Tensor]) -> None:
+    """Refuse a block whose MLP cannot take over what other blocks do.
+
+    Raises:
+        PrunePeakError: with the reason.
+    """
+    block = model.get_submodule(site.path)
+    calls: list[Any] = []
+    with_inputs = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    model(**inputs)
+    with_inputs.remove()
+    args, kwargs = calls[0]
+
+    def run() -> Tensor:
+        output = block(*args, **kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    find_adjuster(run, block, model.get_submodule(site.name))
 
 
 def compare_outputs(
@@ -96,6 +125,9 @@ def compare_outputs(
 def _convert(small: ModelSpec, sites: Sequence[Site]) -> Conversion:
     """The conversion of the small model at the first share that its class supports."""
     reason = PrunePeakError("nothing would be pruned")
+    leaving = next((site for site in sites if isinstance(site, BlocksSite) and site.removed), None)
+    if leaving is not None:  # the others get other numbers
+        return choose_conversion(small, [leaving], {leaving.name: leaving.always_kept}, torch.float32, OWN)
     for share in SHARES:
         kept: dict[str, int] = {}
         for first in {site.label: site for site in reversed(sites)}.values():

@@ -32,6 +32,7 @@ from .models.stacks import choose_stacks
 from .options import SELF
 from .probes import Hooks, Outputs, Whole, probe_batches, run_streamed
 from .progress import next_stage, phase, stages, track
+from .sites.blocks import BlocksSite, join_runs
 from .sites.expert_mlp import ExpertSite
 from .sites.finding import find_sites
 from .sites.plan import SitePlan
@@ -101,6 +102,8 @@ def _verify(
             original.meta_model, original.family, options["sites"], options["unit"], options["keep_shape"]
         )
         kept = {name: site["kept"] for name, site in recipe["sites"].items()}
+        removed = {block for site in recipe["sites"].values() for block in site.get("removed", ())}
+        sites = join_runs([site for site in sites if not isinstance(site, BlocksSite) or removed & {*site.removed}])
         plan: Mapping[str, SitePlan] = read_plan(folder)
         _check_plan(sites, plan, kept, original)
         conversion = choose_conversion(original, sites, kept, original.dtype, written.config.model_type)
@@ -129,6 +132,10 @@ class RefittedPlan(Mapping[str, SitePlan]):
     ) -> None:
         sites = find_sites(written.meta_model, written.family, options["sites"], options["unit"], options["keep_shape"])
         self._plan, self._original, self._written = plan, original, written
+        if conversion.block_map is not None:
+            sites = [
+                site for site in sites if site.block in {conversion.block_map[one.block] for one in conversion.sites}
+            ]
         self._pairs = pair_sites(conversion.sites, sites, plan)
         self._biases = {site.bias for site in conversion.sites}
 

@@ -145,7 +145,8 @@ def state_quality() -> list[str]:
     gemma = quality["gemma"]
     return [
         f"bfloat16; dense {quality['methods']['dense']:.2f}",
-        f"{100 * gemma['share']:.1f} % of its MLP cut: {gemma['parameters'][0]:,} -> {gemma['parameters'][1]:,} parameters.",
+        f"{100 * gemma['share']:.1f} % of its MLP cut: {gemma['parameters'][0]:,} -> {gemma['parameters'][1]:,} "
+        "parameters.",
         f"{both['perplexity'][0]:.2f} becomes {both['perplexity'][1]:.2f} with {both['parameters'][0]:,} -> "
         f"{both['parameters'][1]:,} parameters",
         f"a fill of zero gave {foreign['zero'][0]:.2f} ({foreign['zero'][1]:.2f} for heads)",

@@ -182,7 +182,7 @@ def test_attention_is_cut_from_the_command_line(unit: str, cache: float, tmp_pat
         (("--target-params", "1.5"), "expected a share between 0 and 1"),
         (("--target-bytes", "many"), "expected a size such as 2GB"),
         (("--ratio", "mlp:0.3"), "expected a number, or mlp=NUMBER"),
-        (("--ratio", "0.3", "--sites", "embedding"), "expected mlp, experts, expert-mlp, attention"),
+        (("--ratio", "0.3", "--sites", "embedding"), "expected mlp, experts, expert-mlp, blocks, attention"),
     ],
 )
 def test_wrong_usage(words: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..evaluation.lm_eval_tasks import Scores
     from ..evaluation.quality import EvalResult
     from ..evaluation.talk import Talk
-    from ..inspection import Cost, Inspection
+    from ..inspection import Cost, Inspection, PrunableSites
     from ..recovery import HealResult
     from ..studies.ablation import Study
     from ..studies.analysis import Analysis
@@ -292,8 +292,7 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
         *(
             (
                 site.kind,
-                f"{site.neurons} {_per_block(site.kind)} {_count_blocks(site.blocks, i.blocks)} blocks, in steps of "
-                f"{site.step}; "
+                f"{_describe_units(site, i.blocks)}, in steps of {site.step}; "
                 f"constants go {site.folded_into}"
                 + ("; in place only (--keep-shape), which saves nothing" if site.in_place else ""),
             )
@@ -313,8 +312,11 @@ def _inspection_rows(inspection: "Inspection") -> list[tuple[str, ...]]:
     ]
 
 
-def _per_block(kind: str) -> str:
-    return {"experts": "experts in each of", "expert-mlp": "neurons in each expert of"}.get(kind, "neurons in each of")
+def _describe_units(site: "PrunableSites", blocks: int) -> str:
+    if site.kind == "blocks":
+        return f"{site.neurons} blocks"
+    others = {"experts": "experts in each of", "expert-mlp": "neurons in each expert of"}
+    return f"{site.neurons} {others.get(site.kind, 'neurons in each of')} {_count_blocks(site.blocks, blocks)} blocks"
 
 
 def _count_blocks(some: int, all_: int) -> str:

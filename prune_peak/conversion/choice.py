@@ -16,12 +16,15 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from ..errors import PrunePeakError, UsageError, brief, spell
 from ..models.config_checks import build_meta_model, find_class
 from ..models.config_keys import all_keys, write_key
-from ..models.families import FAMILIES, blocks_path
+from ..models.families import FAMILIES, blocks_path, find_blocks
 from ..models.loading import ModelSpec
 from ..options import AUTO, OWN
 from ..sites.attention import measure_heads, modules_of
+from ..sites.blocks import Blocks, join_runs, removed_blocks
+from ..sites.mlp import Mlp
 from ..sites.site import Site
 from .classes import OUTPUT_CLASSES
+from .fewer_blocks import drop_blocks, number_blocks
 from .layout import Conversion
 from .mappings import CLASS_MAPPINGS, ClassMapping, ConfigDict, UnsupportedClass
 
@@ -47,7 +50,7 @@ def choose_conversion(
         UsageError: an unknown class.
         PrunePeakError: no class, or not the requested one, supports the pruned model.
     """
-    family = source.family
+    family, sites = source.family, join_runs(sites)
     if output_class not in (AUTO, OWN, family.model_type, *OUTPUT_CLASSES):
         raise UsageError(
             f"{spell('output_class', output_class)}: expected {AUTO}, {OWN}, or one of {', '.join(OUTPUT_CLASSES)}."
@@ -67,7 +70,9 @@ def choose_conversion(
         if wanted in (AUTO, name) and not conversion.zero_filled:
             return _with_reason(conversion, "; ".join(reasons.values()))
         if conversion.zero_filled:
-            lacking = sorted({site.bias for site in sites if site.label in conversion.zero_filled and site.block == 0})
+            lacking = sorted(
+                {site.bias for site in sites if site.label in conversion.zero_filled and site.block == sites[0].block}
+            )
             reasons[name] = f"{conversion.model_class.__name__} has no {', '.join(lacking)}"
     reason = "; ".join(reasons.values()) if wanted == AUTO else reasons[wanted]
     chosen = conversions.get(OWN if wanted == AUTO else wanted)
@@ -91,7 +96,11 @@ def _build(
     source: ModelSpec, sites: Sequence[Site], kept: Mapping[str, int], dtype: torch.dtype, name: str
 ) -> Conversion:
     shape = _merge_shapes(source, sites, kept)
-    mapping = config_dict = None
+    mapping = config_dict = block_map = None
+    original, removed = source, removed_blocks(sites)
+    if removed:
+        source = drop_blocks(source, removed)
+        block_map = number_blocks(len(find_blocks(original.meta_model, original.family)), removed)
     if name == OWN:
         config, model_class = _own_config(source, sites, shape), source.model_class
     else:
@@ -100,7 +109,9 @@ def _build(
             narrow = str(dtype).removeprefix("torch.")
             raise UnsupportedClass(f"{mapping.inexact_step} loses digits in {narrow}, and {name} requires it")
         config_dict = _convert_config(source, shape, mapping)
-        config = _other_config(name, config_dict, {site.label for site in sites})
+        config = _other_config(
+            name, config_dict, {Mlp.label if site.label == Blocks.label else site.label for site in sites}
+        )
         model_class = _same_head(source, config)
     _carry_over(source.config, config)
     config.dtype = dtype
@@ -111,8 +122,26 @@ def _build(
         raise _refused(config, error) from None
     if name == OWN:
         state = meta_model.state_dict()
-        sites = [site if site.folded_into in state else replace(site, folded_into=None) for site in sites]
-    return Conversion(source, name, model_class, config, meta_model, tuple(sites), kept, mapping, config_dict)
+        sites = [site if _has_bias(site, state, block_map) else replace(site, folded_into=None) for site in sites]
+    return Conversion(
+        original,
+        name,
+        model_class,
+        config,
+        meta_model,
+        tuple(sites),
+        kept,
+        mapping,
+        config_dict,
+        block_map=block_map,
+    )
+
+
+def _has_bias(site: Site, written: Mapping[str, Any], block_map: Sequence[int | None] | None) -> bool:
+    """Whether the written class has the bias that takes the constants of a site."""
+    number = site.block if block_map is None or site.block >= len(block_map) else block_map[site.block]
+    name = site.folded_into
+    return name is not None and name.replace(f".{site.block}.", f".{number}.", 1) in written
 
 
 def _merge_shapes(source: ModelSpec, sites: Sequence[Site], kept: Mapping[str, int]) -> ConfigDict:

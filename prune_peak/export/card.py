@@ -25,6 +25,7 @@ from ..io.side_files import CARD
 from ..models.loading import Model
 from ..option_fields import flag
 from ..options import FULL, NO_FILL, SELF, CompressOptions, name_units
+from ..sites.blocks import Blocks
 from .recipe import describe_shares
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ def _shares(recipe: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The pruned kinds of site, and the share of the neurons that were pruned."""
     for kind, before in recipe["before"]["neurons"].items():
         after = recipe["after"]["neurons"][kind]
-        if after < before:
+        if after < before and kind in recipe["options"]["sites"]:
             yield kind, 1 - after / before
 
 
@@ -236,6 +237,11 @@ def _summarize(recipe: Mapping[str, Any]) -> str:
     )
     if NO_FILL in recipe["fills"].values():
         replaced = f"{replaced} The router of every block chooses among the experts that are left.".strip()
+    if removed := [block for site in recipe["sites"].values() for block in site.get("removed", ())]:
+        replaced = (
+            f"These left: {', '.join(map(str, removed))}, counted from 0. The output projection of the block before "
+            f"them adds what they added, by {_name_calibration(recipe)}."
+        )
     refit = " The kept weights were refitted by least squares to compensate." if recipe["refits"] else ""
     checked = (
         ""
@@ -247,8 +253,9 @@ def _summarize(recipe: Mapping[str, Any]) -> str:
     )
     shape = " (set to zero in place: all shapes are the original's, and nothing is saved)" * options["keep_shape"]
     return (
-        f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned{model}, the same number in every "
-        f"block{shape}. {replaced}{refit} The result loads with stock transformers. {checked}"
+        f"{cut[0].upper()}{cut[1:]} of `{recipe['source']['model']}` were pruned{model}"
+        f"{', the same number in every block' * (not removed)}{shape}. {replaced}{refit} The result loads with stock "
+        f"transformers. {checked}"
     )
 
 
@@ -306,7 +313,9 @@ def _draw(path: Path, recipe: Mapping[str, Any]) -> bool:
     except ImportError:
         log.warning("The card has no picture, because matplotlib is not installed: pip install 'prune-peak[plots]'.")
         return False
-    kinds = [kind for kind, _ in _shares(recipe)]
+    kinds = [kind for kind, _ in _shares(recipe) if kind != Blocks.label]
+    if not kinds:
+        return False
     figure = Figure(figsize=(9, 2.8 * len(kinds)), dpi=100, layout="constrained")
     for row, kind in enumerate(kinds):
         sites = [(name, site) for name, site in recipe["sites"].items() if site["kind"] == kind]

@@ -16,8 +16,10 @@ from ..data.windows import Windows
 from ..errors import PrunePeakError
 from ..io.tensor_files import load_tensors
 from ..io.untrusted import check_folder, read_json
+from ..models.families import find_blocks
 from ..models.loading import Model
 from ..options import UNITS, Ratio, name_units
+from ..sites.blocks import Blocks, BlocksSite, removed_blocks
 from ..sites.experts import ExpertsSite
 from ..sites.finding import find_every_site, labels
 from ..sites.plan import SitePlan, SiteResult, unpack_plan
@@ -38,7 +40,7 @@ VERSIONS = {
 class Size:
     """How large a checkpoint is."""
 
-    neurons: Mapping[str, int]  # by the kind of site, over all blocks
+    neurons: Mapping[str, int]  # by the kind of site, over all blocks; and the number of blocks
     parameters: int
     bytes: int
     cache: int  # bytes of the KV cache per token; 0 without one
@@ -48,12 +50,22 @@ def measure_size(model: Model, zeroed: Mapping[tuple[str, int], int]) -> Size:
     """The size of a model; `zeroed` neurons, by label and block of the site, do not count."""
     neurons: Counter[str] = Counter()
     cache = 0
+    neurons[Blocks.label] = len(find_blocks(model.meta_model, model.family))
     for site in find_every_site(model.meta_model, model.family):
         neurons[site.label] += site.neurons - zeroed.get((site.label, site.block), 0)
         groups, _, head_dim = site.heads
         if head_dim > 1 and model.meta_model.can_generate():  # an attention
             cache += 2 * groups * head_dim * model.dtype.itemsize
     return Size(dict(neurons), model.parameters, model.size, cache)
+
+
+def measure_shares(sites: Sequence[Site], kept: Mapping[str, int]) -> dict[str, float]:
+    """The shares of the neurons (experts, blocks) that are pruned at these sites, by their kind."""
+    shares = {site.label: 1 - kept[site.name] / site.neurons for site in sites}
+    for site in sites:
+        if isinstance(site, BlocksSite):
+            shares[site.label] = len(removed_blocks(sites)) / site.blocks
+    return shares
 
 
 def describe_steps(sites: Sequence[Site], multiple_of: int | None) -> dict[str, str]:
@@ -63,8 +75,8 @@ def describe_steps(sites: Sequence[Site], multiple_of: int | None) -> dict[str, 
 
 def _describe_step(site: Site, multiple_of: int | None) -> str:
     _, each, head_dim = site.heads
-    if isinstance(site, ExpertsSite):
-        return "whole experts"
+    if isinstance(site, ExpertsSite | BlocksSite):
+        return f"whole {site.label}"
     if site.unit == 1:
         return f"multiples of {site.kind.step(site, multiple_of)}"
     if site.groups > 1:
@@ -107,6 +119,8 @@ def describe_sites(sites: Sequence[Site], results: Mapping[str, SiteResult]) -> 
             "lost": result.lost,
             "score": result.score,
         } | ({} if result.scores_lost is None else {"scores_lost": result.scores_lost})
+        if isinstance(site, BlocksSite):
+            described["sites"][site.name]["removed"] = site.removed
         if result.refit is not None:
             described["refits"][site.name] = asdict(result.refit)
     return described
@@ -152,6 +166,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
             raise TypeError("healing")
         if not all(type(site["kept"]) is int and site["kept"] > 0 for site in recipe["sites"].values()):
             raise TypeError("sites.kept")
+        if not all(type(block) is int for site in recipe["sites"].values() for block in site.get("removed", ())):
+            raise TypeError("sites.removed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise PrunePeakError(f"{folder} is not a folder that prune-peak wrote: no readable {RECIPE_FILE}.") from None
     return recipe

@@ -56,7 +56,7 @@ def _discover(asked: Asked) -> Family:
     stacks = _reached(found, model, inputs) if len(found) > 1 else found
     first, *others = (_complete(asked, stack, model, inputs) for stack in stacks)
     if others:
-        return replace(first, streamable=False, others=tuple(others))
+        return replace(first, streamable=False, others=tuple(replace(other, streamable=False) for other in others))
     return replace(first, streamable=is_streamable(model, find_blocks(model, first), inputs))
 
 

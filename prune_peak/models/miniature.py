@@ -34,12 +34,13 @@ DECODER_IDS = "decoder_input_ids"  # name of the second input of an encoder-deco
 STAGES = {"out_features", "out_indices", "stage_names"}  # of backbones, computed from the number of blocks
 MOST_PARAMETERS, MOST_PIXELS = 100_000_000, 2**22
 MOST_VALUE = 2**16  # of other keys; a config can ask for a loop without end
+FEW_BLOCKS = 2  # more where so few do not show every kind of block
 MOST_POSITIONS, FEW_TOKENS = 512, 256
 # Divisors of heads and of their width; the weaker ones for classes with limits of their own
 STRENGTHS = ((8, 8), (4, 8), (4, 4), (2, 4), (2, 2), (1, 8), (1, 4), (1, 2), (1, 1))
 
 
-def shrink(config: PreTrainedConfig, heads: int, width: int, blocks: int = 2) -> PreTrainedConfig:
+def shrink(config: PreTrainedConfig, heads: int, width: int, blocks: int = FEW_BLOCKS) -> PreTrainedConfig:
     """The config with fewer blocks, heads, tokens and experts, and with all widths divided by `heads * width`."""
     small = copy.deepcopy(config)
     values = {key: value for key, value in vars(small).items() if not key.startswith("_")}
@@ -108,7 +109,7 @@ def _covering(values: list[Any]) -> int:
 
 
 def build_miniature(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, blocks: int = FEW_BLOCKS
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The smallest model of a class that runs, with scaled random weights, and inputs for it.
 
@@ -118,7 +119,7 @@ def build_miniature(
     reason = ""
     for heads, width in STRENGTHS:
         try:
-            small = _created(shrink(config, heads, width), heads, width)
+            small = _created(shrink(config, heads, width, blocks), heads, width)
             empty = build_meta_model(model_class, small)
             if sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers())) > MOST_PARAMETERS:
                 reason = reason or f"a small one would still have more than {MOST_PARAMETERS:,} parameters"

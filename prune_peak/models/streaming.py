@@ -7,10 +7,8 @@ equal those of the whole forward pass, bit for bit. Hidden states can be stored 
 
 import ctypes
 import sys
-import tempfile
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +19,11 @@ from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PrunePeakError
-from ..io.tensor_files import tensor_bytes
 from .bfloat16 import factor_type
 from .execution import CPU, ExecutionConfig
 from .families import blocks_path, find_blocks
 from .forward import run
+from .hidden_states import HiddenStates
 from .loading import Model
 from .recording import BlockInputs, InputRecorder, StopForward
 from .stream import Batch, Step, Stream
@@ -51,48 +49,6 @@ class SharedTensors:
                 return other
         unique.append(tensor)
         return tensor
-
-
-class HiddenStates:
-    """The hidden states of all batches, in memory or in a temporary file."""
-
-    def __init__(self, hidden_states_on_disk: bool = False) -> None:
-        self.shapes: list[torch.Size] = []
-        self._held: list[Tensor] = []
-        self._dtype = torch.float32
-        self._file = tempfile.TemporaryFile() if hidden_states_on_disk else None  # noqa: SIM115 - as long as this lives
-        if self._file is not None:
-            weakref.finalize(self, self._file.close)
-
-    def append(self, hidden: Tensor) -> None:
-        """Add the states of one batch, (batch, positions, hidden); all have one dtype."""
-        self.shapes.append(hidden.shape)
-        self._dtype = hidden.dtype
-        if self._file is None:
-            self._held.append(hidden)
-        else:
-            self[len(self.shapes) - 1] = hidden
-
-    def __getitem__(self, number: int) -> Tensor:
-        if self._file is None:
-            return self._held[number]
-        hidden = torch.empty(self.shapes[number], dtype=self._dtype)
-        self._file.seek(self._offset(number))
-        self._file.readinto(tensor_bytes(hidden))
-        return hidden
-
-    def __setitem__(self, number: int, hidden: Tensor) -> None:
-        if self._file is None:
-            self._held[number] = hidden
-        else:
-            self._file.seek(self._offset(number))
-            self._file.write(tensor_bytes(hidden))
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def _offset(self, number: int) -> int:
-        return self._dtype.itemsize * sum(shape.numel() for shape in self.shapes[:number])
 
 
 @dataclass
@@ -129,7 +85,12 @@ class BlockRun(Step):
     @torch.inference_mode()
     def output(self, number: int) -> Tensor:
         """The block's output for one batch, on the block's device."""
-        call, hidden = self._calls[number], self._states[number]
+        return self.apply(number, self._states[number])
+
+    @torch.inference_mode()
+    def apply(self, number: int, hidden: Tensor) -> Tensor:
+        """The block's output for other hidden states in the place of those of a batch, on the block's device."""
+        call = self._calls[number]
         if self._device.type != "cpu":
             call = BlockInputs(_to_device(call.args, self._device), _to_device(call.kwargs, self._device))
             hidden = _to_device(hidden, self._device)
@@ -178,6 +139,7 @@ class BlockStream(Stream):
         self._states = HiddenStates(execution.hidden_states_on_disk)
         self._device = execution.device
         self._release_memory = execution.release_memory
+        self._calls: list[list[BlockInputs]] = []
         self._in_tuple: bool | None = None  # unknown before the probe in `steps`
 
     def follows(self, block: int) -> bool:
@@ -187,7 +149,7 @@ class BlockStream(Stream):
     def steps(self) -> Iterator[BlockRun]:
         """Yield every block in order; a block that the caller did not run runs before the next one is loaded."""
         body = self.model.base_model
-        calls: list[list[BlockInputs]] = [[] for _ in self._blocks]
+        self._calls = [[] for _ in self._blocks]
         shared = SharedTensors()
         self._in_tuple = self._returns_tuple()
         with self._recording() as recorders, self._outer_weights(body):
@@ -200,7 +162,7 @@ class BlockStream(Stream):
                         f"{self.source.name} changes the hidden states between its blocks (as DeBERTa's convolution); "
                         "expected consecutive blocks. This model cannot be pruned."
                     )
-                for recorder, inputs in zip(recorders, calls, strict=True):
+                for recorder, inputs in zip(recorders, self._calls, strict=True):
                     assert recorder.call is not None
                     inputs.append(shared.share(recorder.call))
         for index, block in enumerate(self._blocks):
@@ -209,10 +171,19 @@ class BlockStream(Stream):
                 if index + 1 < self.blocks:
                     following = _parameters(self._blocks[index + 1], f"{self._path}.{index + 1}")
                     self.source.read_ahead([name for name, *_ in following])
-                step = BlockRun(index, block, self.source, self._states, calls[index], self._device, weights.close)
+                step = BlockRun(
+                    index, block, self.source, self._states, self._calls[index], self._device, weights.close
+                )
                 yield step
                 if not step.ran:
                     deque(step.run(), maxlen=0)
+
+    @contextmanager
+    def again(self, index: int) -> Iterator[BlockRun]:
+        """A block once more, within the context, to call on other hidden states; call it after its step."""
+        block = self._blocks[index]
+        with self._weights(f"{self._path}.{index}", block, self._device):
+            yield BlockRun(index, block, self.source, self._states, self._calls[index], self._device, _keep)
 
     def _returns_tuple(self) -> bool:
         """Whether blocks return tuples; runs the first one on a few tokens or one image."""
@@ -228,10 +199,20 @@ class BlockStream(Stream):
     @torch.inference_mode()
     def outputs(self) -> Iterator[Any]:
         """Yield the model's output for each batch; call it after all steps."""
+        yield from self.head((number, self._states[number]) for number in range(len(self._batches)))
+
+    @torch.inference_mode()
+    def head(self, states: Iterable[tuple[int, Tensor]]) -> Iterator[Any]:
+        """Yield the model's output for hidden states after the last block, each with the number of its batch."""
         with self._recording() as recorders, self._outer_weights(self.model):
-            for number, batch in enumerate(self._batches):
-                recorders[-1].output = self._states[number]
-                yield run(self.source, self.model, **batch)
+            for number, hidden in states:
+                recorders[-1].output = hidden
+                yield run(self.source, self.model, **self._batches[number])
+
+    @property
+    def states(self) -> HiddenStates:
+        """The current hidden states of all batches."""
+        return self._states
 
     @contextmanager
     def _recording(self) -> Iterator[list[InputRecorder]]:
@@ -271,6 +252,10 @@ class BlockStream(Stream):
             _move_buffers(module, CPU)
             if self._release_memory:
                 _return_memory()
+
+
+def _keep() -> None:
+    """Frees nothing: the context of the weights does."""
 
 
 def _as_rows(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..conversion.choice import choose_conversion
 from ..errors import PrunePeakError, UsageError, spell
 from ..models.loading import ModelSpec
 from ..options import Budget
+from ..sites.blocks import BlocksSite
 from ..sites.site import Site
 
 Widths = dict[str, int]  # name of a site: neurons kept; a site that stays whole is not named
@@ -80,6 +81,33 @@ def find_allocations(spec: ModelSpec, sites: Sequence[Site], budget: Budget, out
     return allocations
 
 
+def drop_last(spec: ModelSpec, sites: Sequence[BlocksSite], budget: Budget, output_class: str) -> Widths:
+    """The last blocks, as many as leave; which ones do is decided when they have been measured.
+
+    Raises:
+        PrunePeakError: nothing would be pruned, nothing kept, or the target cannot be reached.
+    """
+    widths = [{site.name: site.always_kept for site in sites[-count:]} for count in range(1, len(sites) + 1)]
+    if budget.ratio is not None:
+        ratio = budget.ratio[sites[0].label] if isinstance(budget.ratio, Mapping) else budget.ratio
+        count = sites[0].blocks - kept_width(sites[0].blocks, ratio, 1, "blocks")
+        if count > len(sites):
+            raise PrunePeakError(f"{count} of {sites[0].blocks} blocks would leave, but only {len(sites)} can.")
+        return widths[count - 1]
+    most = _most_parameters(spec, budget)
+    if count_parameters(spec.meta_model) <= most:
+        raise PrunePeakError(f"{spec.name} is within the target already: nothing would be pruned.")
+    for dropped in widths:
+        left = [site for site in sites if site.name in dropped]
+        found = count_parameters(choose_conversion(spec, left, dropped, spec.dtype, output_class).meta_model)
+        if found <= most:
+            return dropped
+    raise PrunePeakError(
+        f"the target cannot be reached: with the first block alone, {found:,} parameters remain. Choose a larger "
+        "target."
+    )
+
+
 def common_step(first: Site, sites: Sequence[Site], multiple_of: int | None) -> int:
     """The neurons by which the first site of a kind becomes narrower; all stages with one ratio lose the same share."""
     keys = first.config_values.keys()
@@ -119,7 +147,7 @@ def count_parameters(meta_model: PreTrainedModel) -> int:
     return sum(tensor.numel() for name, tensor in meta_model.state_dict().items() if name not in tied)
 
 
-def kept_width(width: int, ratio: float, step: int) -> int:
+def kept_width(width: int, ratio: float, step: int, what: str = "neurons") -> int:
     """The number of `width` neurons to keep when a share of `ratio` is pruned: the nearest multiple of `step`.
 
     Raises:
@@ -132,7 +160,7 @@ def kept_width(width: int, ratio: float, step: int) -> int:
     kept = round(width * (1 - ratio) / step) * step
     if not 0 < kept < width:
         raise PrunePeakError(
-            f"ratio {ratio} of {width} neurons, in multiples of {step}, would "
+            f"ratio {ratio} of {width} {what}, in multiples of {step}, would "
             f"{'keep none' if kept == 0 else 'prune none'}. Choose another ratio, or a smaller {spell('multiple_of')}."
         )
     return kept

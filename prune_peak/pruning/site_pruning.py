@@ -46,7 +46,7 @@ def _plan(source: Model, stats: SiteStats, kept: int, options: PruningOptions) -
     if site.folded_into is None:  # without a bias to shift, everything is computed about zero
         fill, second_order = "zero", None if second_order is None else second_order.about_zero()
     moments = second_order.whole if second_order is not None and isinstance(second_order.whole, Moments) else None
-    if score == ELIMINATION and moments is None:
+    if score == ELIMINATION and moments is None and not site.always_kept:
         score = FEW_TOKENS_SCORE
     seed, names = options.seed + site.block, list(FILLS) if fill == AUTO else [fill]
     first = select(site, summary, weight, kept, names[0], score, seed, moments)
@@ -106,6 +106,8 @@ def select(
         moments: for elimination.
     """
     constants = FILLS[fill if site.folded_into is not None else "zero"](summary).float()
+    if site.always_kept:
+        return SitePlan(torch.arange(site.always_kept), constants)
     scores = SCORES[score](Candidates(site, weight, summary, constants, kept, seed, moments))
     return SitePlan(keep_best(site, scores, kept), constants)
 
@@ -113,8 +115,10 @@ def select(
 def keep_best(site: Site, scores: Tensor, kept: int) -> Tensor:
     """The sorted neurons of the units with the highest sums of scores, as many of every group: (kept,).
 
-    Ties go to the lower index.
+    Of blocks that leave, it is the neurons that a site always keeps. Ties go to the lower index.
     """
+    if site.always_kept:
+        return torch.arange(site.always_kept)
     units = scores.view(site.groups, -1, site.unit).sum(-1)
     best = units.argsort(dim=1, descending=True, stable=True)[:, : kept // (site.unit * site.groups)].sort().values
     first = torch.arange(site.groups)[:, None] * units.shape[1]

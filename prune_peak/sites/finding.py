@@ -13,6 +13,7 @@ from ..models.families import Family, block_paths, blocks_path, find_blocks
 from ..models.stream import MASKS
 from ..options import HEAD
 from .attention import Attention
+from .blocks import Blocks
 from .expert_mlp import ExpertMlp
 from .experts import Experts
 from .in_place import InPlaceAttention, InPlaceMlp
@@ -29,6 +30,7 @@ SITE_KINDS: list[SiteKind] = [
     InPlaceMlp(),
     ExpertMlp(),
     Experts(),
+    Blocks(),
 ]
 
 LARGE = 0.05  # share of a block's parameters
@@ -44,7 +46,7 @@ MIXERS = {
 
 
 def labels(family: Family | None = None) -> list[str]:
-    """The names of what can be pruned, in any model or in those of a family: mlp, experts, expert-mlp, attention."""
+    """The names of what can be pruned, in any model or in those of a family: mlp, blocks, attention, and experts."""
     return sorted(
         {kind.label for kind in SITE_KINDS if family is None or any(map(kind.exists_in, family.stacks))}, reverse=True
     )
@@ -74,6 +76,9 @@ def find_sites(
     kinds = [kind for kind in SITE_KINDS if kind.label in wanted and kind.applies(unit, keep_shape)]
     if keep_shape and (lost := set(wanted) - {kind.label for kind in kinds}):
         raise UsageError(f"{spell('keep_shape', True)} cannot fold {', '.join(sorted(lost))} in place. Remove it.")
+    if len(kinds) > 1 and any(kind.is_alone for kind in kinds):
+        alone = next(kind.label for kind in kinds if kind.is_alone)
+        raise UsageError(f"{alone} leave alone. Pass {spell('sites', alone)}, and prune the result again.")
     sites: list[Site] = []
     prefix, blocks = blocks_path(model, family).removesuffix(family.blocks), len(block_paths(model, family))
     first = 0
@@ -114,10 +119,10 @@ def _stacks_with(kind: SiteKind, model: PreTrainedModel, family: Family) -> list
 def prunable_kinds(
     model: PreTrainedModel, family: Family, unit: str = HEAD, keep_shape: bool = True
 ) -> tuple[str, ...]:
-    """The labels of what a stock class supports smaller, or what can be folded in place."""
+    """The labels of what a stock class supports smaller, or what can be folded in place; not those that go alone."""
     found = []
     for kind in SITE_KINDS:
-        if kind.applies(unit, keep_shape):
+        if kind.applies(unit, keep_shape) and not kind.is_alone:
             try:
                 _stacks_with(kind, model, family)
             except PrunePeakError:

@@ -60,6 +60,7 @@ class Site:
     served: float = 1.0  # the share of the tokens that it reads
     kernel: tuple[int, ...] = ()  # of an output projection that is a convolution of single pixels
     mask: str = MASKS[0]  # the input that says which of its tokens are padding
+    always_kept: int = 0  # the first of its neurons, which are exactly those that stay; 0: a score chooses
 
     @property
     def label(self) -> str:
@@ -80,10 +81,18 @@ class Site:
             return weight.flatten(1) if weight.dim() > 2 else weight.view(*weight.shape, *self.kernel)
         return weight.T if self.transposed else weight
 
+    def widen(self, weight: Tensor) -> Tensor:
+        """The matrix that all neurons of the site are multiplied by, (hidden, neurons), from that of the projection."""
+        return weight
+
+    def covers(self, block: int) -> bool:
+        """Whether holding the neurons of the site changes a block."""
+        return block == self.block
+
     def read_projection(self, model: Model) -> tuple[Tensor, Tensor | None]:
         """The weight, (hidden, neurons), and the bias, (hidden,), of the output projection."""
         bias = model.read(self.bias) if self.bias in model.names else None
-        return self.as_matrix(model.read(self.weight)), bias
+        return self.widen(self.as_matrix(model.read(self.weight))), bias
 
     def read_constants(self, model: Model) -> Tensor:
         """The bias, (hidden,), that takes the constants in a written model."""
@@ -121,6 +130,7 @@ class SiteKind(ABC):
     label: ClassVar[str]
     deletes: ClassVar[bool] = True  # otherwise weights become zero, and nothing is saved
     holds_constants: ClassVar[bool] = True  # otherwise what leaves is not replaced by constants
+    is_alone: ClassVar[bool] = False  # its sites contain those of other kinds, which are not pruned with it
 
     def applies(self, unit: str, keep_shape: bool) -> bool:
         """Whether this kind prunes its part of a model under these options."""
@@ -198,7 +208,7 @@ class SiteKind(ABC):
     def prune(self, tensors: Mapping[str, Tensor], site: Site, plan: SitePlan) -> Tensors:
         """The tensors of a block, pruned. What changes is float32."""
         pruned = dict(tensors)
-        weight, bias = site.as_matrix(tensors[site.weight]), tensors.get(site.bias)
+        weight, bias = site.widen(site.as_matrix(tensors[site.weight])), tensors.get(site.bias)
         for name, tensor in tensors.items():
             if name in site.slices:
                 pruned[name] = self.prune_tensor(site, name, tensor, plan)

@@ -16,12 +16,14 @@ from ..models.execution import ExecutionConfig
 from ..models.families import Family
 from ..models.loading import IMAGES, Model, open_model
 from ..models.stream import Batch, Step, Stream
-from ..models.streaming import BlockRun
+from ..models.streaming import BlockRun, BlockStream
 from ..models.whole import open_stream
 from ..progress import open_bar
+from ..sites.blocks import BlocksSite
 from ..sites.experts import ExpertsSite
 from ..sites.routing import RoutingSample
 from ..sites.site import Site
+from .contributions import measure_contributions
 from .covariance import ActivationBuffer, GramAccumulator, Moments, SplitGram
 from .distributed import ALONE, ProcessGroup, current
 from .expert_use import ExpertUse, UseSummary
@@ -101,17 +103,22 @@ def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[in
             for observer in observers:
                 observer.start_batch(number)
     for observer in observers:
-        observer.reduce()
-        if not observer.stats.count:
-            raise PrunePeakError(
-                f"no token of the calibration reaches {observer.site.name} of {stream.source.name}. Pass more "
-                f"{spell('samples')}, or text of other kinds."
-            )
-        if not bool(torch.isfinite(observer.stats.square_sum).all()):
-            raise PrunePeakError(
-                f"{observer.site.name} of {stream.source.name} has activations that are not finite in {stream.dtype}. "
-                f"Pass {spell('dtype', 'float32')}, or check the checkpoint."
-            )
+        _finish(stream, observer)
+
+
+def _finish(stream: Stream, observer: Observer) -> None:
+    """Combine and check the statistics of a site."""
+    observer.reduce()
+    if not observer.stats.count:
+        raise PrunePeakError(
+            f"no token of the calibration reaches {observer.site.name} of {stream.source.name}. Pass more "
+            f"{spell('samples')}, or text of other kinds."
+        )
+    if not bool(torch.isfinite(observer.stats.square_sum).all()):
+        raise PrunePeakError(
+            f"{observer.site.name} of {stream.source.name} has activations that are not finite in {stream.dtype}. "
+            f"Pass {spell('dtype', 'float32')}, or check the checkpoint."
+        )
 
 
 class SiteObserver(Observer):
@@ -195,6 +202,11 @@ def collect(
         )
     batches = batches[group.share(len(batches))]
     stream = open_stream(source, batches, dtype, execution)
+    runs = [site for site in sites if isinstance(site, BlocksSite)]
+    if runs:
+        masks = [batch.get(runs[0].mask) for batch in batches]
+        yield from _collect_contributions(stream, runs, masks, for_refit, group)
+        return
 
     def create(site: Site, step: Step) -> SiteObserver:
         masks = [batch.get(site.mask) for batch in batches]
@@ -214,6 +226,26 @@ def collect(
         _observe(stream, observers, (number for number, _ in enumerate(stream.outputs())))
         for observer in observers:
             yield observer.site_stats(power)
+
+
+def _collect_contributions(
+    stream: Stream,
+    sites: Sequence[BlocksSite],
+    masks: Sequence[Tensor | None],
+    for_refit: bool,
+    group: ProcessGroup,
+) -> Iterator[SiteStats]:
+    """The statistics of blocks that leave, and of the projections that take over what they do."""
+    assert isinstance(stream, BlockStream)
+    with open_bar("calibrate", "block", stream.blocks) as bar:
+        for step, ended in measure_contributions(stream, sites, masks):
+            bar.update()
+            for site, batches in ended:
+                observer = SiteObserver(site, group.gather(sum(step.rows(site.name, masks))), for_refit, group)
+                for rows in batches:
+                    observer.add(rows)
+                _finish(stream, observer)
+                yield observer.site_stats()
 
 
 @dataclass(frozen=True)

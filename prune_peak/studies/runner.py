@@ -8,14 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.windows import into_batches
+from ..errors import UsageError, spell
 from ..evaluation.quality import EvalSet, WindowScores, concatenate, score_logits
 from ..models.bfloat16 import fast_products
 from ..models.loading import Model
 from ..models.stream import Batch
 from ..options import FILLS, NEURON, RESAMPLE
 from ..pruning.scores import rank_neurons
+from ..sites.blocks import Blocks
 from ..sites.finding import find_sites, prunable_kinds
 from ..sites.hooks import ablated, draw_others, resampled
+from ..sites.mlp import Mlp
 from ..sites.plan import SitePlan
 from ..sites.site import Site
 from ..stats.collection import collect
@@ -28,7 +31,13 @@ TOKENS_AT_ONCE, IMAGES_AT_ONCE = 1024, 16  # of one forward pass; the logits of 
 
 
 def find_studied(model: Model, kinds: Sequence[str] | None = None) -> list[Site]:
-    """The sites whose single neurons a study holds, whatever shapes a checkpoint can have; all by default."""
+    """The sites whose single neurons a study holds, whatever shapes a checkpoint can have; all by default.
+
+    Raises:
+        UsageError: a kind that has no single neurons.
+    """
+    if kinds and Blocks.label in kinds:
+        raise UsageError(f"a study holds single neurons, not whole blocks. Pass {spell('sites', Mlp.label)}.")
     kinds = kinds or prunable_kinds(model.meta_model, model.family)
     return find_sites(model.meta_model, model.family, kinds, NEURON, keep_shape=True)
 
