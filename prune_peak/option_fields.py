@@ -47,7 +47,7 @@ def spell_command(options: "Options") -> str:
     """The options of a command line that differ from their defaults, quoted for a shell.
 
     Example:
-        >>> from prune_peak.options import EvaluateOptions
+        >>> from prune_peak.evaluation.options import EvaluateOptions
         >>> spell_command(EvaluateOptions(data=("my notes.txt",), windows=8))
         "--data 'my notes.txt' --windows 8"
     """

@@ -22,6 +22,7 @@ from prune_peak.cli import commands
 from prune_peak.cli.main import SUMMARIES, main
 from prune_peak.conversion.classes import OUTPUT_CLASSES, register
 from prune_peak.errors import PrunePeakError, UsageError
+from prune_peak.evaluation.options import EvaluateCommand, EvaluateOptions
 from prune_peak.export.card import reproduce
 from prune_peak.healing.options import HealCommand, HealOptions
 from prune_peak.models.families import FAMILIES, Family
@@ -47,7 +48,7 @@ COMMANDS: dict[str, type[Options]] = {
     "analyze": AnalyzeOptions,
     "calibrate": options.CalibrateOptions,
     "compress": options.CompressCommand,
-    "evaluate": options.EvaluateCommand,
+    "evaluate": EvaluateCommand,
     "export": options.ExportOptions,
     "heal": HealCommand,
     "inspect": options.InspectOptions,
@@ -59,7 +60,7 @@ FUNCTIONS = {
     "analyze": AnalyzeOptions,
     "calibrate": options.CalibrateOptions,
     "compress": options.CompressOptions,
-    "evaluate": options.EvaluateOptions,
+    "evaluate": EvaluateOptions,
     "export_model": options.ExportOptions,
     "heal": HealOptions,
     "inspect": options.InspectOptions,

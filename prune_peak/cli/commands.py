@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, one_line
+from ..evaluation.options import EvaluateCommand
 from ..healing.options import HealCommand, HealOptions
 from ..option_fields import spell_command
 from ..options import (
     CalibrateOptions,
     CompressCommand,
     DataOptions,
-    EvaluateCommand,
     ExportOptions,
     InspectOptions,
     PushOptions,

@@ -14,8 +14,8 @@ from ..errors import PrunePeakError, UsageError, spell
 from ..models.execution import DTYPES, default_dtype
 from ..models.loading import Model, open_model
 from ..option_fields import takes
-from ..options import EvaluateOptions
 from ..progress import next_stage, stages
+from .options import EvaluateOptions
 from .quality import EvalResult, EvalSet, WindowScores, build_given_eval_set, evaluate_model, summarize_scores
 
 FLIPS = 10_000  # of the signs of the differences, for the test

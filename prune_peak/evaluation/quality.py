@@ -20,8 +20,9 @@ from ..models.execution import ExecutionConfig
 from ..models.loading import DECODER_IDS, Model, ModelSpec
 from ..models.stream import Batch
 from ..models.whole import open_stream
-from ..options import EVALUATED, FIRST_PART, DataOptions
+from ..options import FIRST_PART, DataOptions
 from ..progress import open_bar
+from .options import EVALUATED
 
 log = logging.getLogger(__name__)
 
