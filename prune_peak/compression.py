@@ -178,7 +178,7 @@ def _compare_talk(job: Job, written: Model) -> list[Talk]:
     """Answers of the source and of the result to some prompts; none of large models and of those without a template."""
     if not job.execution.talks or find_template(job.source) is None:
         return []
-    return measure_talk([job.source, written], read_prompts()[:ASKED])
+    return measure_talk([job.source, written], read_prompts()[:ASKED], job.execution.device)
 
 
 def _describe(

@@ -21,7 +21,7 @@ from .models.execution import BATCH_TOKENS, DTYPES, PASSAGE, WHOLE_SIZE, Executi
 from .models.families import find_blocks
 from .models.loading import Model, count_patches
 from .models.whole import BLOCKS_AT_ONCE
-from .options import FULL, PROCESSOR, CalibrationOptions
+from .options import AUTO, FULL, CalibrationOptions
 from .sites.blocks import CHOICE_TOKENS, LONGEST_RUN, BlocksSite
 from .sites.site import Site
 
@@ -53,7 +53,7 @@ def physical_memory() -> int:
 
 
 def plan_execution(
-    source: Model, workload: Workload, max_memory: int | None = None, device: str = PROCESSOR
+    source: Model, workload: Workload, max_memory: int | None = None, device: str = AUTO
 ) -> ExecutionConfig:
     """The fastest configuration within a budget of bytes (default: 80 % of the physical memory).
 

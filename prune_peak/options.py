@@ -12,6 +12,7 @@ SELF = "self"  # the data that the model generates itself
 AUTO, OWN = "auto", "own"
 HEAD, GROUP, NEURON = UNITS = ("head", "group", "neuron")  # what leaves an attention together
 PROCESSOR = "cpu"
+DEVICES = ("auto", PROCESSOR, "cuda", "xpu", "mps")
 FLOATS = ("float32", "bfloat16", "float16")
 ELIMINATION, DEVIATION = "elimination", "deviation"  # the default scores, with the refit and without it
 REAP, FREQUENCY = "reap", "frequency"  # scores of whole experts
@@ -228,7 +229,7 @@ class ResourceOptions(Options):
     max_memory: int | None = option(
         None, "Memory to stay within, e.g. 4GB.", parse="size", shown="most of the machine's"
     )
-    device: str = option(PROCESSOR, "Device that blocks run on.", lambda: (PROCESSOR, "cuda"))
+    device: str = option(AUTO, "Device to compute on; `auto`: an accelerator if there is one.", lambda: DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,13 +176,14 @@ def build_held_out_eval_set(model: Model, windows: Windows) -> EvalSet | None:
 def score_logits(logits: Tensor, targets: Tensor) -> WindowScores:
     """Score one batch: logits are (windows, ..., classes), targets the same without the last axis."""
     asked = (targets != IGNORED).view(len(targets), -1)
+    answers = targets.flatten().to(logits.device)
     rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     losses, hits = [], []
-    for part, answers in zip(logits.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True):
+    for part, wanted in zip(logits.flatten(0, -2).split(rows), answers.split(rows), strict=True):
         exact = part.float()
-        losses.append(cross_entropy(exact, answers, reduction="none", ignore_index=IGNORED))
-        hits.append(exact.argmax(-1) == answers)
-    means = (torch.cat(values).view_as(asked).double().sum(1) / asked.sum(1) for values in (losses, hits))
+        losses.append(cross_entropy(exact, wanted, reduction="none", ignore_index=IGNORED))
+        hits.append(exact.argmax(-1) == wanted)
+    means = (torch.cat(values).cpu().view_as(asked).double().sum(1) / asked.sum(1) for values in (losses, hits))
     return WindowScores(*means)
 
 

@@ -11,6 +11,7 @@ import torch
 from ..data.chat import ChatTemplate, find_ends, find_template, generate, is_loop
 from ..data.texts import load_tokenizer, read_texts
 from ..errors import PrunePeakError
+from ..models.execution import CPU
 from ..models.loading import Model, open_model
 from ..progress import track
 from .divergence import divergence
@@ -60,7 +61,7 @@ def evaluate_talk(models: Sequence[str], prompts: Path | None = None, revision: 
     return measure_talk([open_model(model, revision) for model in models], read_prompts(prompts))
 
 
-def measure_talk(models: Sequence[Model], prompts: Sequence[str]) -> list[Talk]:
+def measure_talk(models: Sequence[Model], prompts: Sequence[str], device: torch.device = CPU) -> list[Talk]:
     """What models answer to prompts, up to 96 tokens each; the first one is the original.
 
     Raises:
@@ -80,11 +81,11 @@ def measure_talk(models: Sequence[Model], prompts: Sequence[str]) -> list[Talk]:
             raise PrunePeakError(f"{models[0].name} and {other.name} turn the prompts into different tokens.")
     tokenizer = load_tokenizer(models[0])
     ends = sorted(find_ends(models[0], tokenizer))
-    original = models[0].load(torch.float32)
+    original = models[0].load(torch.float32).to(device)
     expected: list[list[int]] = []
     found = []
     for number, model in enumerate(models):
-        stock = original if number == 0 else model.load(torch.float32)
+        stock = original if number == 0 else model.load(torch.float32).to(device)
         answers, distances = [], []
         for start in track(range(0, len(asked), AT_ONCE), f"answers of model {number + 1}", "batch"):
             answers += generate(stock, asked[start : start + AT_ONCE], LONGEST, ends)
@@ -92,7 +93,7 @@ def measure_talk(models: Sequence[Model], prompts: Sequence[str]) -> list[Talk]:
         if number:
             pairs = list(zip(asked, expected, strict=True))
             for prompt, answer in track(pairs, "divergence of the answers", "answer"):
-                row = torch.tensor([[*prompt, *answer]])
+                row = torch.tensor([[*prompt, *answer]], device=device)
                 with torch.inference_mode():
                     pair = [each(row).logits[0, len(prompt) - 1 : -1] for each in (original, stock)]
                 distances.append(divergence(*pair))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError, spell
-from ..options import PROCESSOR
+from ..options import AUTO, DEVICES, PROCESSOR
 from .loading import Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,7 +25,7 @@ WHOLE_SIZE = 600_000_000  # bytes; verification loads smaller models whole, in f
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a run stays within its memory budget, and the device for the blocks."""
+    """How a run stays within its memory budget, and the device to compute on."""
 
     batch_tokens: int = BATCH_TOKENS
     hidden_states_on_disk: bool = False
@@ -38,16 +38,19 @@ class ExecutionConfig:
 
 
 def find_device(name: str) -> torch.device:
-    """The named device.
+    """The named device; for `auto` the accelerator of this machine, or the processor.
 
     Raises:
         UsageError: the name is not a device, or this machine has none of it.
     """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == AUTO:
+        return accelerator or CPU
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"{spell('device', name)}: expected cpu or cuda. Choose one of them.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"{spell('device', name)}: expected {', '.join(DEVICES)}. Choose one of them.") from None
+    if device.type in DEVICES and device.type not in (PROCESSOR, accelerator and accelerator.type):
         raise UsageError(
             f"{spell('device', name)}: torch {torch.__version__} finds no such device here. Use "
             f"{spell('device', PROCESSOR)}."

@@ -1,18 +1,22 @@
-"""The hidden states of all batches between two blocks, in memory or in a temporary file."""
+"""The hidden states of all batches between two blocks, in the memory of a device or in a temporary file."""
 
 import tempfile
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..io.tensor_files import tensor_bytes
+from .execution import CPU
 
 
 class HiddenStates:
-    """The hidden states of all batches, in memory or in a temporary file."""
+    """The hidden states of all batches, in the memory of the device or in a temporary file."""
 
-    def __init__(self, hidden_states_on_disk: bool = False) -> None:
+    def __init__(self, device: torch.device, hidden_states_on_disk: bool = False) -> None:
+        self._device = device
         self.shapes: list[torch.Size] = []
         self._held: list[Tensor] = []
         self._dtype = torch.float32
@@ -22,7 +26,7 @@ class HiddenStates:
 
     def copy(self) -> "HiddenStates":
         """The same states, in another place on disk if they are there; in memory, a state is replaced, not changed."""
-        copied = HiddenStates(self._file is not None)
+        copied = HiddenStates(self._device, self._file is not None)
         for number in range(len(self)):
             copied.append(self[number])
         return copied
@@ -32,7 +36,7 @@ class HiddenStates:
         self.shapes.append(hidden.shape)
         self._dtype = hidden.dtype
         if self._file is None:
-            self._held.append(hidden)
+            self._held.append(to_device(hidden, self._device))
         else:
             self[len(self.shapes) - 1] = hidden
 
@@ -42,17 +46,28 @@ class HiddenStates:
         hidden = torch.empty(self.shapes[number], dtype=self._dtype)
         self._file.seek(self._offset(number))
         self._file.readinto(tensor_bytes(hidden))
-        return hidden
+        states: Tensor = to_device(hidden, self._device)
+        return states
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
         if self._file is None:
             self._held[number] = hidden
         else:
             self._file.seek(self._offset(number))
-            self._file.write(tensor_bytes(hidden))
+            self._file.write(tensor_bytes(hidden.cpu()))
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     def _offset(self, number: int) -> int:
         return self._dtype.itemsize * sum(shape.numel() for shape in self.shapes[:number])
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move all tensors of a nested value to the device; pinned memory makes the copy to a GPU asynchronous."""
+
+    def move(tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if (tensor.device.type, device.type) == ("cpu", "cuda") else tensor
+        return pinned.to(device, non_blocking=True)
+
+    return value if device == CPU else tree_map_only(Tensor, move, value)

@@ -23,7 +23,7 @@ from .bfloat16 import factor_type
 from .execution import CPU, ExecutionConfig
 from .families import blocks_path, find_blocks
 from .forward import run
-from .hidden_states import HiddenStates
+from .hidden_states import HiddenStates, to_device
 from .loading import Model
 from .recording import BlockInputs, InputRecorder, StopForward
 from .stream import Batch, Step, Stream
@@ -33,10 +33,11 @@ FEW_TOKENS = 4  # the last of a window, because padding is on the left
 
 
 class SharedTensors:
-    """Deduplicates tensors: rotary tables and masks are equal for all batches of one shape."""
+    """Deduplicates tensors: rotary tables and masks are equal for all batches of one shape; each is moved once."""
 
-    def __init__(self) -> None:
-        self._unique: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._unique: dict[tuple[torch.Size, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
 
     def share(self, call: BlockInputs) -> BlockInputs:
         """The same inputs, with equal tensors replaced by the ones stored first."""
@@ -44,11 +45,11 @@ class SharedTensors:
 
     def _first(self, tensor: Tensor) -> Tensor:
         unique = self._unique.setdefault((tensor.shape, tensor.dtype), [])
-        for other in unique:
+        for other, moved in unique:
             if other is tensor or torch.equal(other, tensor):
-                return other
-        unique.append(tensor)
-        return tensor
+                return moved
+        unique.append((tensor, to_device(tensor, self._device)))
+        return unique[-1][1]
 
 
 @dataclass
@@ -60,7 +61,6 @@ class BlockRun(Step):
     _source: Model
     _states: HiddenStates
     _calls: Sequence[BlockInputs]
-    _device: torch.device
     _release: Callable[[], None]  # frees the weights after the block has run
     ran: bool = False
 
@@ -79,7 +79,7 @@ class BlockRun(Step):
         self.ran = True
         for number in range(len(self._calls)):
             yield number
-            self._states[number] = self.output(number).cpu()
+            self._states[number] = self.output(number)
         self._release()
 
     @torch.inference_mode()
@@ -91,9 +91,6 @@ class BlockRun(Step):
     def apply(self, number: int, hidden: Tensor) -> Tensor:
         """The block's output for other hidden states in the place of those of a batch, on the block's device."""
         call = self._calls[number]
-        if self._device.type != "cpu":
-            call = BlockInputs(_to_device(call.args, self._device), _to_device(call.kwargs, self._device))
-            hidden = _to_device(hidden, self._device)
         output = run(self._source, self.block, hidden, *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
@@ -110,7 +107,8 @@ class BlockStream(Stream):
 
     Args:
         dtype: to compute in.
-        execution: the device of the blocks and the place of the hidden states; all other modules stay on the CPU.
+        execution: the device of blocks and head, and the place of the hidden states. What precedes the blocks runs on
+            the CPU.
 
     Example:
         >>> stream = BlockStream(source, batches, torch.float32)    # doctest: +SKIP
@@ -136,7 +134,7 @@ class BlockStream(Stream):
         self.blocks = self.passes = len(self._blocks)
         self.blocks_at_once = 1
         self._path = blocks_path(self.model, source.family)
-        self._states = HiddenStates(execution.hidden_states_on_disk)
+        self._states = HiddenStates(execution.device, execution.hidden_states_on_disk)
         self._device = execution.device
         self._release_memory = execution.release_memory
         self._calls: list[list[BlockInputs]] = []
@@ -150,7 +148,7 @@ class BlockStream(Stream):
         """Yield every block in order; a block that the caller did not run runs before the next one is loaded."""
         body = self.model.base_model
         self._calls = [[] for _ in self._blocks]
-        shared = SharedTensors()
+        shared = SharedTensors(self._device)
         self._in_tuple = self._returns_tuple()
         with self._recording() as recorders, self._outer_weights(body):
             for batch in self._batches:
@@ -171,9 +169,7 @@ class BlockStream(Stream):
                 if index + 1 < self.blocks:
                     following = _parameters(self._blocks[index + 1], f"{self._path}.{index + 1}")
                     self.source.read_ahead([name for name, *_ in following])
-                step = BlockRun(
-                    index, block, self.source, self._states, self._calls[index], self._device, weights.close
-                )
+                step = BlockRun(index, block, self.source, self._states, self._calls[index], weights.close)
                 yield step
                 if not step.ran:
                     deque(step.run(), maxlen=0)
@@ -183,7 +179,7 @@ class BlockStream(Stream):
         """A block once more, within the context, to call on other hidden states; call it after its step."""
         block = self._blocks[index]
         with self._weights(f"{self._path}.{index}", block, self._device):
-            yield BlockRun(index, block, self.source, self._states, self._calls[index], self._device, _keep)
+            yield BlockRun(index, block, self.source, self._states, self._calls[index], _keep)
 
     def _returns_tuple(self) -> bool:
         """Whether blocks return tuples; runs the first one on a few tokens or one image."""
@@ -204,10 +200,10 @@ class BlockStream(Stream):
     @torch.inference_mode()
     def head(self, states: Iterable[tuple[int, Tensor]]) -> Iterator[Any]:
         """Yield the model's output for hidden states after the last block, each with the number of its batch."""
-        with self._recording() as recorders, self._outer_weights(self.model):
+        with self._recording() as recorders, self._outer_weights(self.model, self._device):
             for number, hidden in states:
                 recorders[-1].output = hidden
-                yield run(self.source, self.model, **self._batches[number])
+                yield run(self.source, self.model, **to_device(self._batches[number], self._device))
 
     @property
     def states(self) -> HiddenStates:
@@ -226,13 +222,14 @@ class BlockStream(Stream):
             for index, block in enumerate(self._blocks):
                 modules[index] = block
 
-    def _outer_weights(self, module: nn.Module) -> AbstractContextManager[None]:
+    def _outer_weights(self, module: nn.Module, device: torch.device = CPU) -> AbstractContextManager[None]:
         """Load all weights of a module except those of its blocks (recorders have none)."""
-        return self._weights(next(name for name, other in self.model.named_modules() if other is module), module)
+        prefix = next(name for name, other in self.model.named_modules() if other is module)
+        return self._weights(prefix, module, device)
 
     @contextmanager
     def _weights(self, prefix: str, module: nn.Module, device: torch.device = CPU) -> Iterator[None]:
-        """Load the parameters of a module; on exit, put them back on `meta` and the buffers back on the CPU."""
+        """Load the parameters of a module; on exit, put back what was there."""
         parameters = _parameters(module, prefix)
         for name, owner, leaf, _ in parameters:
             read = self.source.read(name)
@@ -241,15 +238,19 @@ class BlockStream(Stream):
             tensor = read.to(dtype)
             # always copy: kernels round differently on memory that is mapped at an odd offset
             tensor = tensor.to(factor_type(dtype) if is_factor else dtype, copy=tensor is read)
-            owner._parameters[leaf] = nn.Parameter(_to_device(tensor, device), requires_grad=False)
+            owner._parameters[leaf] = nn.Parameter(to_device(tensor, device), requires_grad=False)
         self.source.checkpoint.release()
-        _move_buffers(module, device)
+        buffers = [] if device == CPU else [owner._buffers for owner in module.modules()]
+        before = [dict(each) for each in buffers]
+        for each in buffers:
+            each.update(to_device(dict(each), device))
         try:
             yield
         finally:
             for _, owner, leaf, value in parameters:
                 owner._parameters[leaf] = value
-            _move_buffers(module, CPU)
+            for each, held in zip(buffers, before, strict=True):
+                each.update(held)
             if self._release_memory:
                 _return_memory()
 
@@ -266,23 +267,6 @@ def _as_rows(values: Tensor) -> Tensor:
 def _shorten(values: Tensor) -> Tensor:
     """The last tokens of the first sequence, or the first image."""
     return values[:1] if values.is_floating_point() else _as_rows(values)[:1, -FEW_TOKENS:]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Move all tensors of a nested value to the device; pinned memory makes the copy to a GPU asynchronous."""
-
-    def move(tensor: Tensor) -> Tensor:
-        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-        return pinned.to(device, non_blocking=True)
-
-    return value if device == CPU else tree_map_only(Tensor, move, value)
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.device != device:
-                owner._buffers[name] = buffer.to(device)
 
 
 def _return_memory() -> None:

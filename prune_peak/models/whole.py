@@ -63,9 +63,9 @@ class WholeStream(Stream):
 
     def __init__(self, source: Model, batches: Sequence[Batch], dtype: torch.dtype, execution: ExecutionConfig) -> None:
         self.source, self.dtype = source, dtype
-        self.model = source.load(dtype)
+        self.model = source.load(dtype).to(execution.device)
         self.model.config.use_cache = False
-        self._batches = batches
+        self._batches = [{name: each.to(execution.device) for name, each in batch.items()} for batch in batches]
         self.blocks = len(block_paths(self.model, source.family))
         self._groups = [
             range(first, first + BLOCKS_AT_ONCE) for first in range(0, self.blocks + 1, BLOCKS_AT_ONCE)

@@ -143,7 +143,7 @@ class _Search:
             for step in self.stream.steps():
                 for after, states in self.without.items():
                     given = zip(self.scored, states, strict=True)
-                    self.without[after] = [step.apply(number, hidden).cpu() for number, hidden in given]
+                    self.without[after] = [step.apply(number, hidden) for number, hidden in given]
                 recent = [*recent, *self._run(step, recent)][-self.longest :]
                 bar.update()
         found = self._score()

@@ -36,7 +36,7 @@ def eliminate(site: Site, weight: Tensor, moments: Moments, kept: int) -> Tensor
     factor = torch.linalg.cholesky(_ridged(moments.covariance[order][:, order], ELIMINATION_RIDGE))
     inverse = torch.cholesky_inverse(factor[len(stays) :, len(stays) :])  # the part of the whole inverse
     columns = weight[:, free].to(inverse.dtype)
-    is_left = torch.ones(len(free), dtype=torch.bool)
+    is_left = torch.ones(len(free), dtype=torch.bool, device=free.device)
     left = site.neurons - kept
     for part in range(ELIMINATION_STEPS, 0, -1):
         leaving = math.ceil(left / part)
@@ -55,23 +55,24 @@ def _eliminate_units(site: Site, weight: Tensor, covariance: Tensor, kept: int) 
     """One unit at a time: that with the least loss, tr W_S [Cov^-1]_SS^-1 W_S', of the groups that still lose one."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(covariance, ELIMINATION_RIDGE)))
     weight = weight.to(inverse.dtype, copy=True)
-    units = torch.arange(site.neurons).view(-1, site.unit)
-    left = set(range(len(units)))
+    units = torch.arange(site.neurons, device=weight.device).view(-1, site.unit)
+    is_left = torch.ones(len(units), dtype=torch.bool, device=weight.device)
     each = len(units) // site.groups
-    may_leave = [each - kept // (site.unit * site.groups)] * site.groups
-    for _ in range(sum(may_leave)):
-        numbers = [number for number in sorted(left) if may_leave[number // each]]
+    may_leave = is_left.new_full((site.groups,), each - kept // (site.unit * site.groups), dtype=torch.int64)
+    for _ in range(site.groups * (each - kept // (site.unit * site.groups))):
+        numbers = (is_left & (may_leave > 0).repeat_interleave(each)).nonzero()[:, 0]
         members = units[numbers]
         columns = weight.T[members]  # (units, neurons of a unit, hidden)
         blocks = inverse[members[:, :, None], members[:, None, :]]
-        worst = numbers[(torch.linalg.solve(blocks, columns) * columns).sum((1, 2)).argmin()]
-        out = units[worst]
+        losses = (torch.linalg.solve(blocks, columns) * columns).sum((1, 2))
+        worst = numbers[losses.argmin(0, keepdim=True)]
+        out = units[worst][0]
         gain = torch.linalg.solve(inverse[out][:, out], inverse[out])
         weight -= weight[:, out] @ gain
         inverse -= inverse[:, out] @ gain
-        left.remove(worst)
+        is_left[worst] = False
         may_leave[worst // each] -= 1
-    return units[sorted(left)].flatten()
+    return units[is_left].flatten()
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:

@@ -13,6 +13,7 @@ wide output, the error is measured on random projections of it.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -94,8 +95,14 @@ def _project(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None
     hidden = weight.shape[0]
     if hidden <= PROJECTIONS:
         return weight, bias
-    directions = torch.randn(PROJECTIONS, hidden, generator=torch.Generator().manual_seed(0)) / PROJECTIONS**0.5
+    directions = _directions(hidden, weight.device)
     return directions @ weight.float(), None if bias is None else directions @ bias.float()
+
+
+@lru_cache(maxsize=1)  # of all sites
+def _directions(hidden: int, device: torch.device) -> Tensor:
+    drawn: Tensor = torch.randn(PROJECTIONS, hidden, generator=torch.Generator().manual_seed(0)) / PROJECTIONS**0.5
+    return drawn.to(device)
 
 
 def output_error(weight: Tensor, bias: Tensor | None, plan: SitePlan, stats: SecondOrderStats) -> float:

@@ -98,7 +98,8 @@ def score_random(neurons: Candidates) -> "Tensor":
     """A random order."""
     import torch
 
-    return torch.rand(neurons.weight.shape[1], generator=torch.Generator().manual_seed(neurons.seed))
+    drawn = torch.rand(neurons.weight.shape[1], generator=torch.Generator().manual_seed(neurons.seed))
+    return drawn.to(neurons.weight.device)
 
 
 def rank_neurons(score: str, site: "Site", weight: "Tensor", summary: "Summary", fill: str) -> "Tensor":

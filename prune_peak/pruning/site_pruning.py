@@ -39,7 +39,9 @@ def _plan(source: Model, stats: SiteStats, kept: int, options: PruningOptions) -
     if stats.use is not None:
         return _plan_experts(stats.site, stats.use, kept, options)
     site, summary = stats.site, stats.stats.summarize()
-    weight, bias = site.read_projection(source)
+    device = summary.mean.device
+    weight, bias = (tensor if tensor is None else tensor.to(device) for tensor in site.read_projection(source))
+    assert weight is not None
     second_order = None if stats.accumulator is None else stats.accumulator.second_order()
     fill, score = options.fill, options.score
     assert score is not None
@@ -69,7 +71,7 @@ def _plan(source: Model, stats: SiteStats, kept: int, options: PruningOptions) -
     completed, scores_lost = site.kind.complete(
         site, result.plan, [(moments.mean, moments.covariance) for moments in stats.outputs]
     )
-    return replace(result, plan=completed, scores_lost=scores_lost)
+    return replace(result, plan=completed.cpu(), scores_lost=scores_lost)
 
 
 def _plan_experts(site: Site, use: UseSummary, kept: int, options: PruningOptions) -> SiteResult:
@@ -121,8 +123,8 @@ def keep_best(site: Site, scores: Tensor, kept: int) -> Tensor:
         return torch.arange(site.always_kept)
     units = scores.view(site.groups, -1, site.unit).sum(-1)
     best = units.argsort(dim=1, descending=True, stable=True)[:, : kept // (site.unit * site.groups)].sort().values
-    first = torch.arange(site.groups)[:, None] * units.shape[1]
-    return ((first + best).flatten()[:, None] * site.unit + torch.arange(site.unit)).flatten()
+    first = torch.arange(site.groups, device=best.device)[:, None] * units.shape[1]
+    return ((first + best).flatten()[:, None] * site.unit + torch.arange(site.unit, device=best.device)).flatten()
 
 
 def _lost_share(neurons: Candidates, keep: Tensor) -> float:

@@ -83,8 +83,8 @@ def _run(experts: Any, state: State, *args: Tensor, **kwargs: Tensor) -> Tensor:
         project, measured = state.projects.get(number, (_project, False))
         served = len(token)
         if measured and served < FEWEST_TOKENS:
-            others = torch.linspace(0, len(hidden) - 1, min(FEWEST_TOKENS - served, len(hidden))).long()
-            token = torch.cat([token, others.to(token.device)])
+            others = torch.linspace(0, len(hidden) - 1, min(FEWEST_TOKENS - served, len(hidden)), device=token.device)
+            token = torch.cat([token, others.long()])
         if not len(token):
             continue
         output = _output(experts, number, hidden[token], token, project)
@@ -100,7 +100,7 @@ def _run(experts: Any, state: State, *args: Tensor, **kwargs: Tensor) -> Tensor:
 
 def every_output(experts: Any, hidden: Tensor) -> Tensor:
     """What every expert makes of every token, (experts, tokens, hidden)."""
-    tokens = torch.arange(len(hidden))
+    tokens = torch.arange(len(hidden), device=hidden.device)
     return torch.stack([_output(experts, number, hidden, tokens, _project) for number in range(len(experts.down_proj))])
 
 

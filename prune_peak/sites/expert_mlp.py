@@ -140,7 +140,7 @@ class ExpertMlp(SharedMlp):
         assert isinstance(site, ExpertSite)
 
         def project(neurons: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
-            callback(neurons.cpu(), tokens=tokens.cpu())
+            callback(neurons, tokens=tokens)
             return nn.functional.linear(neurons, weight, bias)
 
         return routed_through(model.get_submodule(site.module), site.expert, project, measured=True)

@@ -134,11 +134,11 @@ def _observed(model: nn.Module, site: ExpertsSite, callback: Callable[..., None]
         nonlocal sampled
         sample = None
         if sampled < SAMPLED_AT_MOST and router.runs_alone and inputs and len(inputs[0]) == len(hidden):
-            some = torch.linspace(0, len(hidden) - 1, min(SAMPLED, len(hidden))).long()
+            some = torch.linspace(0, len(hidden) - 1, min(SAMPLED, len(hidden)), device=hidden.device).long()
             sampled += len(some)
             grams = [_products(every_output(experts, part)) for part in hidden[some].split(TOKENS_AT_ONCE)]
-            sample = RoutingSample(router.copy(), inputs[0][some].cpu(), torch.cat(grams))
-        callback(norms.cpu(), sample=sample)
+            sample = RoutingSample(router.copy(), inputs[0][some], torch.cat(grams))
+        callback(norms, sample=sample)
 
     handle = router.root.register_forward_pre_hook(keep_input)
     try:
@@ -151,7 +151,7 @@ def _observed(model: nn.Module, site: ExpertsSite, callback: Callable[..., None]
 def _products(outputs: Tensor) -> Tensor:
     """The products of the outputs of every two experts, (tokens, experts, experts), from (experts, tokens, hidden)."""
     by_token = outputs.float().transpose(0, 1)
-    return (by_token @ by_token.mT).cpu()
+    return by_token @ by_token.mT
 
 
 def common_path(paths: list[str]) -> str:

@@ -46,7 +46,7 @@ def cut_mask(neurons: int, keep: Tensor) -> Tensor:
         >>> cut_mask(3, torch.tensor([0, 2]))
         tensor([False,  True, False])
     """
-    is_cut = torch.ones(neurons, dtype=torch.bool)
+    is_cut = torch.ones(neurons, dtype=torch.bool, device=keep.device)
     is_cut[keep] = False
     return is_cut
 

@@ -43,7 +43,7 @@ def ablated(model: nn.Module, sites: Sequence[Holdable], plan: Mapping[str, Site
 @contextmanager
 def observed(projection: nn.Module, callback: Callable[[Tensor], None]) -> Iterator[None]:
     """Within the context, `callback` is called with each input of an output projection, (..., neurons)."""
-    handle = projection.register_forward_pre_hook(lambda module, args: callback(neurons_last(module, args[0]).cpu()))
+    handle = projection.register_forward_pre_hook(lambda module, args: callback(neurons_last(module, args[0])))
     try:
         yield
     finally:

@@ -32,6 +32,12 @@ class SitePlan:
     bias: Tensor | None = None  # (hidden,), refitted
     low_rank: LowRankHeads | None = None  # for narrower heads
 
+    def cpu(self) -> "SitePlan":
+        """The plan in the memory of the processor, from which it is written."""
+        low_rank = self.low_rank and LowRankHeads(self.low_rank.query.cpu(), self.low_rank.key.cpu())
+        weight, bias = (tensor if tensor is None else tensor.cpu() for tensor in (self.weight, self.bias))
+        return SitePlan(self.keep.cpu(), self.fill.cpu(), weight, bias, low_rank)
+
     def without_weights(self) -> "SitePlan":
         """The plan without the refitted weights, small enough to keep for every site."""
         return replace(self, weight=None, bias=None)

@@ -93,7 +93,7 @@ class Router:
                 self.root(inputs[None])
             except Routed as routed:
                 chosen, weights = routed.args
-        weighed = torch.zeros(len(inputs), self.count)
+        weighed = torch.zeros(len(inputs), self.count, device=inputs.device)
         return weighed.scatter_(1, chosen.view(len(inputs), -1), weights.view(len(inputs), -1).float())
 
 

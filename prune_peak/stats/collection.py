@@ -97,7 +97,7 @@ def _observe(stream: Stream, observers: Sequence[Observer], batches: Iterator[in
             hooks.enter_context(observer.site.observe(stream.model, observer.add))
             for name in observer.site.observed_outputs:
                 module, add = stream.model.get_submodule(name), partial(observer.add_output, name)
-                handle = module.register_forward_hook(lambda _, args, output, add=add: add(output.cpu()))
+                handle = module.register_forward_hook(lambda _, args, output, add=add: add(output))
                 hooks.callback(handle.remove)
         for number in batches:
             for observer in observers:
@@ -145,7 +145,7 @@ class SiteObserver(Observer):
         self._mask = self._masks[number] if self._masks else None
 
     def add_output(self, name: str, output: Tensor) -> None:
-        flat = output.reshape(-1, self.site.neurons)
+        flat = _summable(output.reshape(-1, self.site.neurons))
         if name not in self.outputs:
             self.outputs[name] = GramAccumulator(self._group.broadcast(flat.float().mean(0)))
         self.outputs[name].add(flat)
@@ -155,6 +155,7 @@ class SiteObserver(Observer):
         if self._mask is not None and (tokens is not None or len(flat) == self._mask.numel()):
             counts = self._mask.bool().view(-1)
             flat = flat[counts if tokens is None else counts[tokens]]
+        flat = _summable(flat)
         if self.stats.count == 0:
             self.stats.begin(flat, self._group)
         self.stats.add(flat)
@@ -174,6 +175,11 @@ class SiteObserver(Observer):
         moments = tuple(self.outputs[name].moments() for name in self.site.observed_outputs)
         use = None if self.use is None else self.use.summarize()
         return SiteStats(self.site, self.stats, self.accumulator, power, moments, use)
+
+
+def _summable(values: Tensor) -> Tensor:
+    """Activations on a device that has float64, in which they are summed."""
+    return values.cpu() if values.device.type == "mps" else values
 
 
 def collect(
@@ -210,8 +216,9 @@ def collect(
 
     def create(site: Site, step: Step) -> SiteObserver:
         masks = [batch.get(site.mask) for batch in batches]
+        moved = [None if mask is None else mask.to(execution.device) for mask in masks]
         rows = group.gather(sum(step.rows(site.name, masks)))
-        return SiteObserver(site, [round(site.served * count) for count in rows], for_refit, group, masks)
+        return SiteObserver(site, [round(site.served * count) for count in rows], for_refit, group, moved)
 
     power = None
     for step, observers in observe_blocks(stream, sites, create, "calibrate"):

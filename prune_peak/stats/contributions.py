@@ -55,11 +55,11 @@ class Read:
         """Within the context, keep what is read; and add `shift` to the projection's output."""
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            self.neurons = args[0].cpu()
+            self.neurons = args[0]
             return output + shift if shift else output
 
         def keep_norm(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.normed[norm] = args[0].cpu(), output.cpu()
+            self.normed[norm] = args[0], output
 
         with ExitStack() as hooks:
             hooks.callback(projection.register_forward_hook(keep).remove)
@@ -86,7 +86,7 @@ def find_adjuster(run: Callable[[], Tensor], block: nn.Module, projection: nn.Mo
         output = run().flatten(0, -2)
     for norm, (_, normed) in read.normed.items():
         if torch.equal(normed.flatten(0, -2), output) and isinstance(norm.weight, Tensor):
-            return Adjuster(norm.weight.detach().float().cpu(), norm)
+            return Adjuster(norm.weight.detach().float(), norm)
     shift = output.float().square().mean().sqrt().item() or 1.0
     with read.watching(block, projection, shift):
         effects = (run().flatten(0, -2).float() - output.float()) / shift
@@ -132,12 +132,16 @@ def _rows(
     with stream.again(site.block) as run:
         for number, mask in enumerate(masks):
             hidden = before[number]
-            adjuster = adjuster or find_adjuster(lambda: run.apply(0, before[0]).cpu(), run.block, projection)
+            adjuster = adjuster or find_adjuster(lambda: run.apply(0, before[0]), run.block, projection)
             read = Read()
             with read.watching(run.block, projection):
-                output = run.apply(number, hidden).cpu().flatten(0, -2).float()
+                output = run.apply(number, hidden).flatten(0, -2).float()
             change = adjuster.target(stream.states[number].flatten(0, -2).float() - output, read)
             neurons = read.neurons.flatten(0, -2)
-            counted = torch.ones(len(change), dtype=torch.bool) if mask is None else mask.bool().view(-1)
+            counted = (
+                change.new_ones(len(change), dtype=torch.bool)
+                if mask is None
+                else mask.to(change.device).bool().view(-1)
+            )
             counted[counted.clone()] = is_usual(change[counted])
             yield torch.cat([neurons[counted].float(), change[counted]], dim=1)

@@ -95,7 +95,7 @@ class RawActivations:
 
     @cached_property
     def mean(self) -> Tensor:
-        total = torch.zeros(self.values.shape[1], dtype=torch.float64)
+        total = self.values.new_zeros(self.values.shape[1], dtype=torch.float64)
         if self.is_centred:
             for part in self.values.split(ROWS_AT_ONCE):
                 total += part.float().sum(0)
@@ -103,7 +103,7 @@ class RawActivations:
 
     @property
     def variance(self) -> Tensor:
-        total = torch.zeros(self.values.shape[1], dtype=torch.float64)
+        total = self.values.new_zeros(self.values.shape[1], dtype=torch.float64)
         for part in self.values.split(ROWS_AT_ONCE):
             total += (part.float() - self.mean.float()).square_().sum(0)
         return (total / len(self.values)).float()
@@ -113,7 +113,7 @@ class RawActivations:
 
     def regress(self, keep: Tensor, cut: Tensor, lost: Tensor) -> Solve:
         kept = self._deviations(keep)
-        products = torch.zeros(len(kept), len(kept))
+        products = torch.zeros(len(kept), len(kept), device=kept.device)
         _add_products(products, kept.T)
         kernel, target = _mirror(products), self._deviations(cut) @ lost.T
         scale = _scale(self) * len(kept)
@@ -166,8 +166,10 @@ class GramAccumulator:
     def __init__(self, pivot: Tensor) -> None:
         self.pivot = pivot
         self.count = 0
-        self.sum = torch.zeros(len(pivot), dtype=torch.float64)
-        self.products = torch.zeros(len(pivot), len(pivot))  # lower triangle; blocks above the diagonal stay zero
+        self.sum = pivot.new_zeros(len(pivot), dtype=torch.float64)
+        self.products = torch.zeros(
+            len(pivot), len(pivot), device=pivot.device
+        )  # lower triangle; blocks above the diagonal stay zero
 
     def add(self, values: Tensor) -> None:
         """Add a batch of activations, (tokens, neurons); all batches are of one type."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
@@ -50,9 +51,11 @@ class ProcessGroup:
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, on all ranks."""
-        total = tensor.contiguous()
+        if self.world_size == 1:
+            return tensor
+        total = tensor.cpu().contiguous()  # gloo's
         self._communicate(lambda: dist.all_reduce(total))
-        return total
+        return total.to(tensor.device)
 
     def report(self, error: PrunePeakError) -> None:
         """Leave an error for rank 0 to report."""
@@ -82,6 +85,8 @@ current = _GROUP.get
 def join_processes() -> Iterator[ProcessGroup]:
     """Join the processes that torchrun started; within the context `current()` is their group."""
     store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     group = ProcessGroup(rank, world_size, store)
     token = _GROUP.set(group)

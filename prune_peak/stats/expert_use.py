@@ -44,6 +44,7 @@ class ExpertUse:
 
     def add(self, norms: Tensor, sample: RoutingSample | None) -> None:
         """Add a batch: weighted norms, (tokens, experts), zero where an expert is not chosen, and a sample of it."""
+        self.served, self.norms = self.served.to(norms.device), self.norms.to(norms.device)
         self.served += (norms > 0).sum(0)
         self.norms += norms.sum(0, dtype=torch.float64)
         if sample is not None:
@@ -61,7 +62,7 @@ class ExpertUse:
         stay = None
         if self.router is not None and self.groups == 1:
             stay = removal_order(self.router, torch.cat(self.inputs), torch.cat(self.grams))
-        return UseSummary(self.served, self.norms / self.served.clamp_min(1), stay)
+        return UseSummary(self.served.cpu(), (self.norms / self.served.clamp_min(1)).cpu(), stay)
 
 
 def removal_order(router: Router, inputs: Tensor, grams: Tensor) -> Tensor:
@@ -72,9 +73,9 @@ def removal_order(router: Router, inputs: Tensor, grams: Tensor) -> Tensor:
         grams: products of the outputs of every two experts, (tokens, experts, experts).
     """
     everyone = list(range(router.count))
-    full = router.weigh(inputs, torch.tensor(everyone))
+    full = router.weigh(inputs, torch.tensor(everyone, device=inputs.device))
     chosen = int((full != 0).sum(1).max())
-    now, errors = full.clone(), torch.zeros(len(inputs))
+    now, errors = full.clone(), full.new_zeros(len(inputs))
     left, stay = set(everyone), torch.zeros(router.count, dtype=torch.float64)
     number = 0
     while len(left) > chosen:
@@ -82,7 +83,7 @@ def removal_order(router: Router, inputs: Tensor, grams: Tensor) -> Tensor:
         for expert in sorted(left):
             (tokens,) = (now[:, expert] != 0).nonzero(as_tuple=True)
             if len(tokens):
-                weights = router.weigh(inputs[tokens], torch.tensor(sorted(left - {expert})))
+                weights = router.weigh(inputs[tokens], torch.tensor(sorted(left - {expert}), device=inputs.device))
                 costs[expert] = float((_errors(full[tokens] - weights, grams[tokens]) - errors[tokens]).sum())
             else:
                 costs[expert] = 0.0
@@ -91,7 +92,7 @@ def removal_order(router: Router, inputs: Tensor, grams: Tensor) -> Tensor:
             left.remove(expert)
             stay[expert] = number
             number += 1
-        now = router.weigh(inputs, torch.tensor(sorted(left)))
+        now = router.weigh(inputs, torch.tensor(sorted(left), device=inputs.device))
         errors = _errors(full - now, grams)
     for expert in left:
         stay[expert] = number

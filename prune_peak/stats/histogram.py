@@ -17,7 +17,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from .distributed import ProcessGroup
+from ..options import PROCESSOR
+from .distributed import ALONE, ProcessGroup
 
 BINS = 256
 RANGE = (0.02, 0.98)  # quantiles of the first batch that the bins span; the end bins count the tokens beyond
@@ -27,6 +28,7 @@ POINT_MASS = 0.1  # a value that this share of the tokens has exactly is the pea
 HISTOGRAM_TOKENS = 8192  # enough for the stated error; more improve it little
 FINER, SIGNIFICANT = 4, 5.0  # halvings of the smoothing width, each if the top rises by this many standard errors
 CHUNK = 2**19  # numbers at a time: they stay in the processor's cache, and reuse pages of memory
+DEVICE_CHUNK = 2**24  # on another device: few kernels
 FEWEST_TOKENS = 64  # of a chunk, because every neuron's bins must enter the cache as well
 SORTED_AT_ONCE = 256  # neurons, to stay in the cache
 
@@ -34,7 +36,6 @@ SORTED_AT_ONCE = 256  # neurons, to stay in the cache
 COUNTS = ("count", "sampled")
 SUMS = ("sum", "square_sum", "histogram", "repeats")
 EDGES = ("pivot", "low", "width", "common")
-ONE = torch.ones((), dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,19 @@ class Stats:
         self.stride = max(1, tokens // HISTOGRAM_TOKENS)
         self.count = 0
         self.sampled = 0
-        self.sum = torch.zeros(neurons, dtype=torch.float64)  # of x - pivot
-        self.square_sum = torch.zeros(neurons, dtype=torch.float64)  # of (x - pivot)^2
-        self.histogram = torch.zeros(neurons, BINS, dtype=torch.int32)
-        self.repeats = torch.zeros(neurons, dtype=torch.int64)  # sampled tokens that equal `common`
+        self._allocate(torch.device(PROCESSOR))
+
+    def _allocate(self, device: torch.device) -> None:
+        neurons = self.neurons
+        self.sum = torch.zeros(neurons, dtype=torch.float64, device=device)  # of x - pivot
+        self.square_sum = torch.zeros(neurons, dtype=torch.float64, device=device)  # of (x - pivot)^2
+        self.histogram = torch.zeros(neurons, BINS, dtype=torch.int32, device=device)
+        self.repeats = torch.zeros(neurons, dtype=torch.int64, device=device)  # sampled tokens that equal `common`
         # set by the first batch
-        self.pivot = torch.full((neurons,), torch.nan)  # median, subtracted before squaring to avoid cancellation
-        self.low = torch.zeros(neurons)
-        self.width = torch.zeros(neurons)  # of one bin; 0 where the neuron hardly moves
-        self.common = torch.zeros(neurons)
+        self.pivot = torch.full((neurons,), torch.nan, device=device)  # median, subtracted to avoid cancellation
+        self.low = torch.zeros(neurons, device=device)
+        self.width = torch.zeros(neurons, device=device)  # of one bin; 0 where the neuron hardly moves
+        self.common = torch.zeros(neurons, device=device)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Tensors to save."""
@@ -102,7 +107,8 @@ class Stats:
         return stats
 
     def begin(self, values: Tensor, group: ProcessGroup) -> None:
-        """Fix the edges by the first batch of rank 0, for all ranks."""
+        """Fix the edges by the first batch of rank 0, for all ranks; the sums go to the device of the batch."""
+        self._allocate(values.device)
         if group.rank == 0:
             self._fix_edges(values)
         vars(self).update(group.broadcast({name: getattr(self, name) for name in EDGES}))
@@ -116,8 +122,8 @@ class Stats:
 
     def add(self, values: Tensor) -> None:
         """Add a batch of activations, (tokens, neurons), in any float type."""
-        if self.pivot.isnan().all():
-            self._fix_edges(values)
+        if self.count == 0 and self.pivot.isnan().all():
+            self.begin(values, ALONE)
         for chunk in in_chunks(values):
             self._add_chunk(chunk)
 
@@ -135,7 +141,7 @@ class Stats:
             self.sampled += len(sample)
             self.repeats += (sample == self.common).sum(0)
             bins = (sample - self.low).div_(self.width).nan_to_num_(0.0).clamp_(0, BINS - 1).long().T
-            self.histogram.scatter_add_(1, bins, ONE.expand(bins.shape))
+            self.histogram.scatter_add_(1, bins, self.histogram.new_ones(()).expand(bins.shape))
         centred = values - self.pivot
         self.sum += centred.sum(0)
         self.square_sum += centred.square_().sum(0)
@@ -170,7 +176,7 @@ class Stats:
         width = (0.9 * self.sampled ** (-1 / 7) * quartiles).clamp(0.5, BINS / 8)  # balances bias and variance
         spectrum = torch.fft.rfft(density, 2 * BINS)  # padded, so that the ends do not wrap around
         smooth = _smooth(spectrum, width)
-        rising = torch.arange(self.neurons)
+        rising = torch.arange(self.neurons, device=density.device)
         for _ in range(FINER):
             narrower = (width[rising] / 2).clamp_min(0.5)
             finer = _smooth(spectrum[rising], narrower)
@@ -204,13 +210,17 @@ def check_tensors(tensors: Mapping[str, Tensor], **expected: tuple[tuple[int, ..
 
 def in_chunks(values: Tensor) -> Iterator[Tensor]:
     """Split a batch of activations, (tokens, neurons), into float32 chunks of a few tokens."""
-    for chunk in values.split(max(FEWEST_TOKENS, CHUNK // values.shape[1])):
+    numbers = CHUNK if values.device.type == PROCESSOR else DEVICE_CHUNK
+    for chunk in values.split(max(FEWEST_TOKENS, numbers // values.shape[1])):
         yield chunk.float()
 
 
 def _find_edges(values: Tensor) -> tuple[Tensor, ...]:
     """The tensors that `EDGES` names, from a sample of activations, (neurons, tokens)."""
-    ordered = torch.from_numpy(numpy.sort(values.contiguous().numpy(), axis=1))  # eight times as fast as torch's
+    if values.device.type == PROCESSOR:
+        ordered = torch.from_numpy(numpy.sort(values.contiguous().numpy(), axis=1))  # eight times as fast as torch's
+    else:
+        ordered = values.sort(1).values
     last = ordered.shape[1] - 1
     low, quarter, middle, three, high = (ordered[:, round(last * at)] for at in (RANGE[0], 0.25, 0.5, 0.75, RANGE[1]))
     reach = REACH * (three - quarter)
@@ -221,18 +231,17 @@ def _find_edges(values: Tensor) -> tuple[Tensor, ...]:
 
 def _most_repeated(ordered: Tensor) -> Tensor:
     """The value of the longest run in each sorted row."""
-    values = ordered.numpy()
-    position = numpy.broadcast_to(numpy.arange(values.shape[1], dtype=numpy.int32), values.shape)
-    is_start = numpy.ones(values.shape, dtype=bool)
-    is_start[:, 1:] = values[:, 1:] != values[:, :-1]
-    run_start = numpy.maximum.accumulate(numpy.where(is_start, position, 0), axis=1)
-    longest = (position - run_start).argmax(axis=1)
-    return torch.from_numpy(numpy.take_along_axis(values, longest[:, None], axis=1)[:, 0])
+    position = torch.arange(ordered.shape[1], device=ordered.device)
+    is_start = torch.ones_like(ordered, dtype=torch.bool)
+    is_start[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    run_start = torch.where(is_start, position, 0).cummax(1).values
+    longest = (position - run_start).argmax(1, keepdim=True)
+    return ordered.gather(1, longest)[:, 0]
 
 
 def _smooth(spectrum: Tensor, deviations: Tensor) -> Tensor:
     """Convolve each row, given by its spectrum, with a normal density; deviations are per row, in bins."""
-    frequency = torch.fft.rfftfreq(2 * BINS)
+    frequency = torch.fft.rfftfreq(2 * BINS, device=deviations.device)
     exponent = -2 * (torch.pi * frequency * deviations[:, None]) ** 2
     kernel = exponent.clamp_min_(-80).exp_()  # below, results are subnormal and many times slower
     smooth: Tensor = torch.fft.irfft(spectrum * kernel, 2 * BINS)

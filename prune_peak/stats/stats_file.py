@@ -120,7 +120,7 @@ def write_statistics(
         yield "held_out", windows.held_out
         for site_stats in measured:
             for name, value in _to_tensors(site_stats).items():
-                yield f"{site_stats.site.name}/{name}", value
+                yield f"{site_stats.site.name}/{name}", value.cpu()
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
