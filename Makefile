@@ -67,7 +67,7 @@ zoo: .venv/ready  ## try every model type of transformers, for docs/models.md: t
 	$(BIN)/python bench/zoo.py > docs/data/zoo.json
 	$(BIN)/pytest tests/test_docs.py --write-docs
 
-bench: .venv/ready  ## measure the costs in docs/performance.md, as JSON in bench-output: two to three hours on an idle machine
+bench: .venv/ready  ## measure the costs, into docs/data/bench.json and docs/performance.md: two to three hours on an idle machine
 	$(BIN)/python bench/all.py
 
 docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the tables of README and docs, and the map in CONTRIBUTING.md
@@ -78,4 +78,4 @@ format: .venv/ready  ## format, and fix what lint can fix
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo-output demo-output-healed bench-output build dist *.egg-info
+	rm -rf .venv demo-output demo-output-healed build dist *.egg-info

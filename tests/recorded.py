@@ -192,6 +192,26 @@ def describe_costs() -> str:
     return make_table(["what", "bare", "ours", "ratio", "of processor time"], rows)
 
 
+def list_figures(result: dict[str, Any]) -> str:
+    """The numbers that a script printed, by their names; of several runs one after the other."""
+    parts = []
+    for key, value in result.items():
+        several = value if isinstance(value, list) else [value]
+        if several and all(type(each) in (int, float) for each in several):
+            parts.append(f"{key} {', '.join(f'{each:,}' for each in several)}")
+        elif several and all(isinstance(each, dict) for each in several):
+            parts.append("; ".join(map(list_figures, several)))
+    return ", ".join(parts)
+
+
+def describe_bench() -> str:
+    rows = []
+    for run in load("bench").values():
+        place = f"{run['date']}, {run['machine']}"
+        rows.append([f"`{run['command']}`", list_figures(run["result"]), f"`{run['commit']}`", place])
+    return make_table(["command", "figures", "commit", "when and where"], rows)
+
+
 def describe_growth() -> str:
     growth = load("performance")["growth"]
     head = ["doubled", "calibration, s", "exponent (expected)", "choice, s", "exponent (expected)"]
@@ -473,6 +493,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "costs": describe_costs,
         "growth": describe_growth,
         "curve": describe_curve,
+        "bench": describe_bench,
     },
     "docs/healing.md": {"runs": describe_runs},
     "docs/experts.md": {"experts": describe_experts},

@@ -175,9 +175,10 @@ class GramAccumulator:
         """Add a batch of activations, (tokens, neurons); all batches are of one type."""
         if self.count == 0 and values.dtype is torch.bfloat16:
             self.pivot = torch.zeros_like(self.pivot)
-        centred = values.float() - self.pivot
+        centred = values.float() if values.dtype is torch.bfloat16 else values.float() - self.pivot
         self.count += len(values)
-        self.sum += centred.sum(0, dtype=torch.float64)
+        for part in centred.split(ROWS_AT_ONCE):
+            self.sum += part.sum(0)
         with _exact_products(values.dtype):
             _add_products(self.products, centred)
 
@@ -305,8 +306,10 @@ def _add_products(products: Tensor, values: Tensor) -> None:
 
 def _mirror(triangle: Tensor) -> Tensor:
     """The symmetric matrix with this lower triangle."""
-    whole = triangle.tril()
-    return whole.add_(whole.tril(-1).T)
+    lower = triangle.tril()
+    whole = lower + lower.T
+    whole.diagonal().mul_(0.5)
+    return whole
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
