@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +213,29 @@ def test_data_set(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert read_texts(str(folder)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("characters", [1, 8])
+def test_a_text_is_tokenized_as_far_as_it_is_used(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: int
+) -> None:
+    """The same windows as of the whole text; a text with more characters a token than foreseen is tokenized again."""
+    monkeypatch.setattr("prune_peak.data.texts.CHARACTERS", characters)
+    long = tmp_path / "long.txt"
+    long.write_text(text.read_text() * 4)
+    tokenizer = load_tokenizer(open_model(str(EXAMPLES / "llama-mini")))
+    whole = tokenize_text(str(long), tokenizer, 32)
+    sizes: list[int] = []
+    encode = type(tokenizer).__call__
+
+    def counting(self: Any, text: str, **options: Any) -> Any:
+        sizes.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    assert torch.equal(tokenize_text(str(long), tokenizer, 32, most=3), whole[:3])
+    used = [size for size in sizes if size > 1]
+    assert max(used) < len(long.read_text()) if characters == 8 else used == [128, len(long.read_text())]
 
 
 def test_windows_begin_with_bos(tmp_path: Path, text: Path) -> None:

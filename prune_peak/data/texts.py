@@ -15,6 +15,7 @@ from .data_sets import check_data, is_data_set, read_rows
 from .text_files import Record, check_record, limit_records, read_records
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "*.tokenizer", "dict.txt", "bpe.codes")
+CHARACTERS = 8  # of a token: with more, a text is tokenized twice
 SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages: what they are imported as
 
 
@@ -89,25 +90,35 @@ def _read_data_set(name: str, reading: DataOptions) -> list[Record]:
 
 
 def tokenize_text(
-    name: str, tokenizer: PreTrainedTokenizerBase, length: int, reading: DataOptions = FIRST_PART
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    reading: DataOptions = FIRST_PART,
+    most: int | None = None,
 ) -> Tensor:
     """A text as consecutive windows, (windows, length), each with the special tokens that the tokenizer adds.
 
-    Several texts are concatenated, each followed by EOS.
+    Several texts are concatenated, each followed by EOS. With `most`, only the first so many windows are wanted, and a
+    long text is tokenized no further than they take.
 
     Raises:
         PrunePeakError: the text does not exist, or is shorter than one window.
     """
-    return tokenize_windows(name, read_texts(name, tokenizer, reading), tokenizer, length)
+    return tokenize_windows(name, read_texts(name, tokenizer, reading), tokenizer, length, most)
 
 
-def tokenize_windows(name: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+def tokenize_windows(
+    name: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None
+) -> Tensor:
     """Texts of one data set as consecutive windows, as `tokenize_text` gives them."""
+    enough = None if most is None else (most + 1) * length  # tokens
     separator = [tokenizer.eos_token_id] if len(texts) > 1 and tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
     try:
         for text in texts:
-            found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if enough is not None and len(tokens) > enough:
+                break
+            found = _tokenize_first(tokenizer, text, enough)
             tokens += found if found[-1:] == separator else found + separator  # a rendered chat has its EOS
         start, end = special_tokens(tokenizer)
     except Exception as error:  # every tokenizer class raises its own kinds
@@ -125,7 +136,16 @@ def tokenize_windows(name: str, texts: Sequence[str], tokenizer: PreTrainedToken
             f"{name} has {len(tokens)} tokens, fewer than one window of {length}. Pass a longer text or a smaller "
             f"{spell('sequence_length')}."
         )
-    return torch.tensor(windows)
+    return torch.tensor(windows[:most])
+
+
+def _tokenize_first(tokenizer: PreTrainedTokenizerBase, text: str, enough: int | None) -> list[int]:
+    """The tokens of a text, or of a part from its start that has enough of them."""
+    size = len(text) if enough is None else CHARACTERS * enough
+    tokens: list[int] = tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]
+    if enough is None or size >= len(text) or len(tokens) > enough:
+        return tokens
+    return _tokenize_first(tokenizer, text, None)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -142,9 +162,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return list(full[:first]), list(full[first + len(bare) :])
 
 
-def read_windows(name: str, model: Model, length: int, reading: DataOptions = FIRST_PART) -> Tensor:
+def read_windows(
+    name: str, model: Model, length: int, reading: DataOptions = FIRST_PART, most: int | None = None
+) -> Tensor:
     """`tokenize_text` with the model's own tokenizer, checked against its vocabulary."""
-    windows = tokenize_text(name, load_tokenizer(model), length, reading)
+    windows = tokenize_text(name, load_tokenizer(model), length, reading, most)
     check_vocabulary(model, int(windows.max()))
     return windows
 

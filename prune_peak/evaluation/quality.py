@@ -143,12 +143,14 @@ def build_given_eval_set(
     if not is_evaluable(model):
         raise PrunePeakError(f"{model.name} is a {model.model_class.__name__}, which predicts no text to evaluate.")
     length = window_length(model, sequence_length)
-    read = read_pairs if model.reads_pairs else read_windows
-    found = torch.cat([read(name, model, length, reading)[:windows] for name in data])
-    if model.reads_pairs and bool((found[:, 1] == PADDING).all(1).any()):
-        raise PrunePeakError(
-            f"{' and '.join(data)} has no targets; expected rows with a text and a target to evaluate."
-        )
+    if model.reads_pairs:
+        found = torch.cat([read_pairs(name, model, length, reading)[:windows] for name in data])
+        if bool((found[:, 1] == PADDING).all(1).any()):
+            raise PrunePeakError(
+                f"{' and '.join(data)} has no targets; expected rows with a text and a target to evaluate."
+            )
+    else:
+        found = torch.cat([read_windows(name, model, length, reading, windows) for name in data])
     return build_eval_set(model, found[:windows], " and ".join(map(name_data, data)))
 
 

@@ -306,10 +306,8 @@ def _add_products(products: Tensor, values: Tensor) -> None:
 
 def _mirror(triangle: Tensor) -> Tensor:
     """The symmetric matrix with this lower triangle."""
-    lower = triangle.tril()
-    whole = lower + lower.T
-    whole.diagonal().mul_(0.5)
-    return whole
+    whole = triangle.tril()
+    return whole.add_(whole.tril(-1).T)
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
