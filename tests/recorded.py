@@ -304,6 +304,25 @@ def describe_runs() -> str:
     return "\n".join([head, "|---" * 9 + "|", *rows])
 
 
+def describe_heads() -> str:
+    """Healed models of other heads: the distance that was minimized, and a measure of the task on data never seen."""
+    head = (
+        "| model | pruned | learned on | distance, held out | measure on test data | original / compressed / healed |"
+    )
+    rows = []
+    for run in load("heal_heads")["runs"]:
+        cells = [
+            run["model"],
+            run["pruned"],
+            run["learned"],
+            " -> ".join(f"{value:.4f}" for value in run["divergence"]),
+            run["task"],
+            " / ".join(f"{value:.4f}" for value in run["test"]),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, "|---" * 6 + "|", *rows])
+
+
 def describe_constants(row: dict[str, Any]) -> str:
     """Where the constants of a kind of site go."""
     return {"zero": "held at zero", "bias": "its bias"}.get(
@@ -495,7 +514,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "curve": describe_curve,
         "bench": describe_bench,
     },
-    "docs/healing.md": {"runs": describe_runs},
+    "docs/healing.md": {"heads": describe_heads, "runs": describe_runs},
     "docs/experts.md": {"experts": describe_experts},
     **{f"docs/{name}.md": {} for name in ("guide", "choose", "chat", "evaluate", "serve", "faq", "how-it-works")},
     "docs/models.md": {"types": describe_types},

@@ -96,6 +96,19 @@ def test_a_masked_model(cut: Path, text: Path) -> None:
     assert "as near to the original as told" in CliRunner().invoke(main, words).stdout
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+@pytest.mark.real
+def test_adapters_of_a_masked_model(cut: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    words = ("--data", text, "--tokens", "4k", "--method", "lora", "--output", tmp_path / "healed", "--json")
+    result = heal(cut, ROBERTA, *words)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["divergence_after"] < found["divergence_before"]
+    first, second = (load_file(folder / "model.safetensors") for folder in (cut, tmp_path / "healed"))
+    assert first.keys() == second.keys()
+
+
 def test_own_text_of_a_masked_model_is_refused(cut: Path) -> None:
     result = heal(cut, ROBERTA, "--data", "self", "--output", cut.parent / "none")
     assert result.exit_code == 1
