@@ -4,65 +4,60 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PrunePeakError, brief
 from ..models.bfloat16 import fast_products
-from ..models.loading import Model
+from ..models.loading import DECODER_IDS, Model
 from ..options import FIRST_PART, DataOptions
 from ..progress import open_bar
 from .text_files import Answered
 from .texts import check_vocabulary, load_tokenizer, read_texts, tokenize_windows
-from .windows import PADDING
+from .windows import PADDING, into_batches
 
 ANSWER = 64  # tokens, at most, that a model writes where the data has no targets
 ANSWERED_AT_ONCE = 16  # windows
 
 
 def read_pairs(name: str, model: Model, length: int, reading: DataOptions = FIRST_PART) -> Tensor:
-    """Pairs of windows of a text, (pairs, 2, length), padded with `PADDING`.
+    """Pairs of windows, (pairs, 2, length), padded with `PADDING`: one for each of several texts, cut off at `length`.
 
-    Texts that all have a target give a pair each: the text, and its target as the decoder reads it. Others are
-    concatenated and cut as for every model; the decoder's windows are empty, for `answer` to fill.
+    A single text gives consecutive windows. The decoder's window has the target of the text as the decoder reads it;
+    without a target it is empty, for `answer` to fill.
 
     Raises:
         PrunePeakError: the text cannot be read, or is shorter than one window.
     """
     tokenizer = load_tokenizer(model)
     texts = read_texts(name, tokenizer, reading)
-    answered = [text for text in texts if isinstance(text, Answered)]
-    if not answered or len(answered) < len(texts):
+    if len(texts) == 1:
         windows = tokenize_windows(name, texts, tokenizer, length)
         pairs = torch.stack([windows, torch.full_like(windows, PADDING)], dim=1)
     else:
         pairs = torch.full((len(texts), 2, length), PADDING)
-        for row, text in zip(pairs, answered, strict=True):
+        for row, text in zip(pairs, texts, strict=True):
             for window, tokens in zip(row, _tokenize_pair(name, text, model, tokenizer, length), strict=True):
-                window[: len(tokens)] = tokens
+                window[: len(tokens)] = torch.tensor(tokens)
+        pairs = pairs[(pairs[:, 0] != PADDING).any(1)]  # a text may be empty
     check_vocabulary(model, int(pairs.max()))
     return pairs
 
 
 def _tokenize_pair(
-    name: str, text: Answered, model: Model, tokenizer: PreTrainedTokenizerBase, length: int
-) -> tuple[Tensor, Tensor]:
-    """The tokens of a text, and those of its target as the decoder reads them, after its start token."""
+    name: str, text: str, model: Model, tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[list[int], list[int]]:
+    """The tokens of a text, and those of its target, if it has one, as the decoder reads them: after a start token."""
     try:
         read = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        if not isinstance(text, Answered):
+            return read, []
         written = tokenizer(text_target=text.target, truncation=True, max_length=length - 1)["input_ids"]
-        decoded = _start(model, written)
+        shift = getattr(model.meta_model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:
+            return read, [model.config.decoder_start_token_id, *written]
+        return read, shift(labels=torch.tensor([[*written, PADDING]]))[0].tolist()  # the last one is shifted out
     except Exception as error:  # tokenizers and classes raise their own kinds
         raise PrunePeakError(f"{name} has a pair that {model.name} cannot read ({brief(error)}).") from None
-    return torch.tensor(read), decoded
-
-
-def _start(model: Model, written: list[int]) -> Tensor:
-    """The tokens of a target after the start token, as the class itself shifts them, or as its config says."""
-    shift = getattr(model.meta_model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:
-        return torch.tensor([model.config.decoder_start_token_id, *written])
-    shifted: Tensor = shift(labels=torch.tensor([[*written, PADDING]]))[0]  # the last one is shifted out
-    return shifted
 
 
 def answer(model: Model, *parts: Tensor) -> list[Tensor]:
@@ -74,34 +69,35 @@ def answer(model: Model, *parts: Tensor) -> list[Tensor]:
     Raises:
         PrunePeakError: the class cannot write.
     """
-    empty = [int((pairs[:, 1] == PADDING).all()) for pairs in parts]
-    if not any(empty):
+    empty = [(pairs[:, 1] == PADDING).all(1) for pairs in parts]
+    count = sum(int(each.sum()) for each in empty)
+    if not count:
         return list(parts)
     stock = model.load(model.dtype)
-    answered = []
-    with open_bar("write targets", "window", sum(map(len, parts))) as bar, torch.inference_mode(), fast_products():
-        for pairs in parts:
-            done = [pairs[:0]]
-            for some in pairs.split(ANSWERED_AT_ONCE):
-                done.append(_answer_some(model, stock, some))
-                bar.update(len(some))
-            answered.append(torch.cat(done))
+    answered = [pairs.clone() for pairs in parts]
+    with open_bar("write targets", "window", count) as bar, torch.inference_mode(), fast_products():
+        for pairs, lacking in zip(answered, empty, strict=True):
+            for rows in lacking.nonzero()[:, 0].split(ANSWERED_AT_ONCE):
+                pairs[rows, 1] = _write(model, stock, pairs[rows])
+                bar.update(len(rows))
     return answered
 
 
-def _answer_some(model: Model, stock: object, pairs: Tensor) -> Tensor:
-    longest = min(ANSWER, pairs.shape[2] - 1)
+def _write(model: Model, stock: PreTrainedModel, pairs: Tensor) -> Tensor:
+    """The decoder's windows, (pairs, length): what a model writes of those of the encoder, up to EOS."""
+    [batch] = into_batches(pairs, pairs.numel())
+    del batch[DECODER_IDS]
+    most = min(ANSWER, pairs.shape[2] - 1)
     try:
-        written: Tensor = stock.generate(  # type: ignore[attr-defined]
-            pairs[:, 0], do_sample=False, num_beams=1, min_length=0, max_length=None, max_new_tokens=longest
-        )
+        options = {"do_sample": False, "num_beams": 1, "min_length": 0, "max_length": None, "max_new_tokens": most}
+        written: Tensor = stock.generate(**batch, **options)
     except Exception as error:  # classes raise their own kinds
         raise PrunePeakError(
             f"{model.name} does not write targets ({brief(error)}). Pass rows with a text and a target."
         ) from None
-    ends: Sequence[int] | int | None = stock.generation_config.eos_token_id  # type: ignore[attr-defined]
-    is_end = torch.isin(written, torch.tensor([] if ends is None else ends)).roll(1, dims=1)
-    is_end[:, :2] = False  # the first token may be EOS itself; the next one is read in any case
+    ends: Sequence[int] | int | None = stock.generation_config.eos_token_id
+    is_after = torch.isin(written, torch.tensor([] if ends is None else ends)).roll(1, dims=1)
+    is_after[:, :2] = False  # the start token may be EOS itself
     windows = torch.full_like(pairs[:, 1], PADDING)
-    windows[:, : written.shape[1]] = written.masked_fill(is_end.long().cumsum(1) > 0, PADDING)
-    return torch.stack([pairs[:, 0], windows], dim=1)
+    windows[:, : written.shape[1]] = written.masked_fill(is_after.long().cumsum(1) > 0, PADDING)
+    return windows
