@@ -54,7 +54,7 @@ def test_the_picture_shows_what_was_recorded(theme: str) -> None:
 
 
 def test_runs_say_where_they_come_from() -> None:
-    for name in ("quality", "healing", "performance", "compress", "study"):
+    for name in ("quality", "healing", "heal_heads", "performance", "compress", "study"):
         text = recorded.DATA.joinpath(f"{name}.json").read_text()
         assert all(f'"{key}"' in text for key in ("commit", "machine", "command", "date")), name
 
