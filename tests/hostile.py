@@ -954,7 +954,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
     "share of parameters 2": ((*BARE, "--target-params", "2"), "expected a share", 2),
     "share of parameters NaN": ((*BARE, "--target-params", "nan"), "expected a share", 2),
     "sites unknown": ((*BARE, "--ratio", "0.3", "--sites", "evil"), "evil", 2),
-    "no sites": ((*BARE, "--ratio", "0.3", "--sites", ""), "expected mlp, experts, expert-mlp, attention", 2),
+    "no sites": ((*BARE, "--ratio", "0.3", "--sites", ""), "expected mlp, experts, expert-mlp, blocks, attention", 2),
     "samples 0": ((*BARE, "--ratio", "0.3", "--samples", "0"), "expected at least 1", 2),
     "window of 1": ((*BARE, "--ratio", "0.3", "--sequence-length", "1"), "expected at least 2", 2),
     "window of -5": ((*BARE, "--ratio", "0.3", "--sequence-length", "-5"), "expected at least 2", 2),

@@ -399,6 +399,21 @@ def shorten(reason: str) -> str:
 UNITS = {"experts": "experts", "expert-mlp": "neurons of every expert"}
 
 
+# --- docs/blocks.md
+
+REPLACED = {"removed": "nothing", "mean": "its mean contribution", "map": "the map"}
+
+
+def describe_blocks() -> str:
+    """What one of three blocks costs the examples, by what replaces it."""
+    rows = []
+    for run in load("blocks")["small"]:
+        (accuracy, loss), (accuracy_after, loss_after) = run["before"], run["after"]
+        accuracies = f"{100 * accuracy:.1f} %, {100 * accuracy_after:.1f} %"
+        rows.append([f"`{run['model']}`", REPLACED[run["way"]], accuracies, f"{loss:.3f}, {loss_after:.3f}"])
+    return make_table(["model", "replaced by", "accuracy before, after", "cross-entropy before, after"], rows)
+
+
 # --- docs/study.md
 
 
@@ -516,6 +531,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/healing.md": {"heads": describe_heads, "runs": describe_runs},
     "docs/experts.md": {"experts": describe_experts},
+    "docs/blocks.md": {"blocks": describe_blocks},
     **{f"docs/{name}.md": {} for name in ("guide", "choose", "chat", "evaluate", "serve", "faq", "how-it-works")},
     "docs/models.md": {"types": describe_types},
     "docs/study.md": {

@@ -136,6 +136,16 @@ def test_blocks_leave_alone() -> None:
         prune_peak.compress(str(EXAMPLES / "llama-mini"), 0.3, sites=KINDS, stats="any.stats")
 
 
+def test_a_target_is_reached_with_the_fewest_blocks() -> None:
+    model = str(EXAMPLES / "llama-mini")
+    for target, kept in ((0.9, 2), (0.72, 1)):
+        inspection = prune_peak.inspect(model, target_params=target, sites=KINDS)
+        assert [site.kept for site in inspection.sites if site.kind == "blocks"] == [kept]
+        assert inspection.parameters_after <= target * inspection.parameters
+    with pytest.raises(PrunePeakError, match="with the first block alone, 328,960 parameters remain"):
+        prune_peak.inspect(model, target_params=0.3, sites=KINDS)
+
+
 def test_the_block_that_does_nothing_leaves(tmp_path: Path) -> None:
     """And without it, the model computes the same."""
     tiny = build("llama-untied")

@@ -290,7 +290,7 @@ BAD = {
     "ratio 1.5": (["--ratio", "1.5"], 2, "between 0 and 1"),
     "ratio 30": (["--ratio", "30"], 2, "Did you mean 0.3?"),
     "ratio of words": (["--ratio", "much"], 2, "expected a number, or mlp=NUMBER"),
-    "ratio of another site": (["--ratio", "embedding=0.3"], 2, "expected mlp, experts, expert-mlp, attention"),
+    "ratio of another site": (["--ratio", "embedding=0.3"], 2, "expected mlp, experts, expert-mlp, blocks, attention"),
     "attention that cannot be narrower": (["--ratio", "attention=0.3"], 1, "no stock class supports fewer heads"),
     "ratio nan": (["--ratio", "nan"], 2, "between 0 and 1"),
     "no sample": (["--samples", "0"], 2, "expected at least 1"),

@@ -240,7 +240,7 @@ def _summarize(recipe: Mapping[str, Any]) -> str:
     if removed := [block for site in recipe["sites"].values() for block in site.get("removed", ())]:
         replaced = (
             f"These left: {', '.join(map(str, removed))}, counted from 0. The output projection of the block before "
-            f"them adds what they added, by {_name_calibration(recipe)}."
+            f"them adds what they added, as measured over {_name_calibration(recipe)}."
         )
     refit = " The kept weights were refitted by least squares to compensate." if recipe["refits"] else ""
     checked = (
