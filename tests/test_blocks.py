@@ -172,7 +172,7 @@ def test_runs_with_the_smallest_costs() -> None:
     assert cheapest_runs(costs, 3) == [(0, 2), (3, 1)]  # not block 2, which is gone, before block 3
 
 
-@pytest.mark.parametrize("name", ["llama-mini", "roberta-mini"])
+@pytest.mark.parametrize("name", ["llama-mini", pytest.param("roberta-mini", marks=pytest.mark.real)])
 def test_commands(name: str, tmp_path: Path) -> None:
     """compress, its card and its recipe; verify, and what it finds wrong."""
     model, output = str(EXAMPLES / name), tmp_path / "cut"
