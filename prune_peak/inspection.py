@@ -137,7 +137,7 @@ def _inspect(spec: ModelSpec, budget: Budget, output_class: str) -> Inspection:
         model_class=spec.model_class.__name__,
         dtype=str(spec.dtype).removeprefix("torch."),
         blocks=len(block_paths(spec.meta_model, spec.family)),
-        stacks={stack.stack: len(find_blocks(spec.meta_model, stack)) for stack in spec.family.stacks},
+        stacks={name: len(find_blocks(spec.meta_model, each)) for name, each in spec.family.named_stacks.items()},
         sites=tuple(prunable),
         lacking=dict(_find_lacking(spec)),
         unprunable=unprunable,

@@ -78,6 +78,8 @@ def test_both_stacks_of_bart_are_pruned_by_pairs(bart: Path, rows: Path, tmp_pat
     assert result.quality_before is not None
     assert result.quality_before.metric == "perplexity"
     assert written.generate(torch.tensor([[5, 6, 7, 3]]), max_new_tokens=4).shape[1] > 1
+    [comparison] = prune_peak.evaluate([str(bart), str(tmp_path / "out")], str(rows), sequence_length=24, windows=4)
+    assert comparison.entries[1].loss is not None
     with pytest.raises(PrunePeakError, match="a BartForConditionalGeneration; heal supports causal"):
         prune_peak.heal(tmp_path / "out", original=str(bart))
 

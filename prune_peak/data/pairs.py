@@ -39,6 +39,8 @@ def read_pairs(name: str, model: Model, length: int, reading: DataOptions = FIRS
             for window, tokens in zip(row, _tokenize_pair(name, text, model, tokenizer, length), strict=True):
                 window[: len(tokens)] = torch.tensor(tokens)
         pairs = pairs[(pairs[:, 0] != PADDING).any(1)]  # a text may be empty
+    if not len(pairs):
+        raise PrunePeakError(f"{name} has no text. Pass rows with a text and a target.")
     check_vocabulary(model, int(pairs.max()))
     return pairs
 

@@ -16,7 +16,15 @@ from ..models.loading import Model, open_model
 from ..option_fields import takes
 from ..progress import next_stage, stages
 from .options import EvaluateOptions
-from .quality import EvalResult, EvalSet, WindowScores, build_given_eval_set, evaluate_model, summarize_scores
+from .quality import (
+    IMAGE_ACCURACY,
+    EvalResult,
+    EvalSet,
+    WindowScores,
+    build_given_eval_set,
+    evaluate_model,
+    summarize_scores,
+)
 
 FLIPS = 10_000  # of the signs of the differences, for the test
 
@@ -114,7 +122,7 @@ def _compare_models(sources: Sequence[Model], eval_sets: Sequence[EvalSet], dtyp
             )
         )
         first = first or scores
-    if sources[0].sees_images:
+    if sources[0].sees_images or sources[0].reads_pairs:
         return Comparison(tuple(entries))
     start, end = special_tokens(tokenizer := load_tokenizer(sources[0]))
     length = eval_sets[0].targets[0].shape[1]
@@ -125,10 +133,10 @@ def _check_same(first: Model, theirs: EvalSet, other: Model, ours: EvalSet) -> N
     if theirs.metric != ours.metric:
         raise PrunePeakError(f"{first.name} is measured by {theirs.metric}, {other.name} by {ours.metric}.")
     inputs = [
-        torch.cat([batch[first.model_class.main_input_name] for batch in eval_set.batches])
+        torch.cat([batch[first.model_class.main_input_name].flatten() for batch in eval_set.batches])
         for eval_set in (theirs, ours)
     ]
-    answers = [torch.cat(list(eval_set.targets)) for eval_set in (theirs, ours)]
+    answers = [torch.cat([each.flatten() for each in eval_set.targets]) for eval_set in (theirs, ours)]
     if not (torch.equal(*inputs) and torch.equal(*answers)):
         raise PrunePeakError(
             f"{first.name} and {other.name} turn {theirs.text} into different tokens, pixels or labels, so their "
@@ -161,7 +169,7 @@ def describe(comparison: Comparison) -> str:
     opening = ""
     if comparison.stride is not None:
         opening = f" ({comparison.opening or 'no special token'} at the start of each, stride {comparison.stride})"
-    over = "images" if comparison.stride is None else "windows"
+    over = "images" if quality.metric == IMAGE_ACCURACY else "windows"
     return (
         f"{quality.metric.capitalize()} on {quality.text}: {quality.protocol}{opening}; "
         f"± is the standard error over {over}."

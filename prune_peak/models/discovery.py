@@ -114,7 +114,7 @@ def _reached(stacks: Sequence[Family], model: PreTrainedModel, inputs: Mapping[s
             found.append(replace(_with_mlps(stack, mlps), reads_decoder_ids=count == read))
     if not found:
         raise _nothing(type(model), whole)
-    return [replace(found[0], left_whole={**found[0].left_whole, **whole}), *found[1:]]
+    return [replace(found[0], left_whole={**stacks[0].left_whole, **whole}), *found[1:]]
 
 
 def _with_mlps(stack: Family, mlps: Sequence[MLP]) -> Family:

@@ -95,6 +95,14 @@ class Family:
         return self, *self.others
 
     @property
+    def named_stacks(self) -> dict[str, "Family"]:
+        """The same by their names; those that would share a name by their paths."""
+        names = [stack.stack for stack in self.stacks]
+        return {
+            name if names.count(name) == 1 else each.blocks: each for name, each in zip(names, self.stacks, strict=True)
+        }
+
+    @property
     def stack(self) -> str:
         """The name of the list of blocks: encoder, decoder, text, vision, audio, or its path.
 

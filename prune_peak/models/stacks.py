@@ -19,18 +19,17 @@ def choose_stacks(spec: AnySpec, names: Sequence[str] | None) -> AnySpec:
     """
     if names is None:
         return spec
-    stacks = {stack.stack: stack for stack in spec.family.stacks}
+    stacks = spec.family.named_stacks
     if unknown := set(names) - set(stacks):
         raise UsageError(f"{spell('stack', ','.join(unknown))}: expected {', '.join(stacks)}, or several with commas.")
     chosen = [stack for name, stack in stacks.items() if name in names]
-    others = [stack for name, stack in stacks.items() if name not in names]
-    for one in chosen:
-        for mlp in one.mlps:
-            if sharing := [stack.stack for stack in others if mlp.width_key in {each.width_key for each in stack.mlps}]:
-                raise PrunePeakError(
-                    f"{spec.name} has one {mlp.width_key} for {' and '.join([one.stack, *sharing])}. Prune all of them."
-                )
-    left = {stack.blocks: f"{spell('stack')} does not name it" for stack in others}
+    others = {name: stack for name, stack in stacks.items() if name not in names}
+    for key in {mlp.width_key for stack in chosen for mlp in stack.mlps}:
+        if sharing := [name for name, stack in others.items() if key in {mlp.width_key for mlp in stack.mlps}]:
+            raise PrunePeakError(
+                f"{spec.name} has one {key} for {' and '.join([*names, *sharing])}. Prune all of them."
+            )
+    left = {stack.blocks: f"{spell('stack')} does not name it" for stack in others.values()}
     whole = {**spec.family.left_whole, **left}
     first = replace(chosen[0], left_whole=whole, others=tuple(chosen[1:]), streamable=spec.family.streamable)
     return replace(spec, family=first)
