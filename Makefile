@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs format real faults oldest readers zoo bench docs-generated clean
+.PHONY: demo test check docs format real faults oldest readers zoo bench engines whole-way docs-generated clean
 
 # One environment for all targets; rebuilt when its requirements change
 .venv/ready: pyproject.toml constraints.txt
@@ -69,6 +69,14 @@ zoo: .venv/ready  ## try every model type of transformers, for docs/models.md: t
 
 bench: .venv/ready  ## measure the costs, into docs/data/bench.json and docs/performance.md: two to three hours on an idle machine
 	$(BIN)/python bench/all.py
+
+engines: .venv/ready  ## run compressed models in other engines, each in its own environment, for docs/engines.md: 10 GB, an hour
+	$(BIN)/python bench/engines.py
+	$(BIN)/pytest tests/test_docs.py --write-docs
+
+whole-way: .venv/ready  ## inspect, compress, heal, verify, evaluate, load, use and push four models: half an hour
+	$(BIN)/python bench/whole_way.py
+	$(BIN)/pytest tests/test_docs.py --write-docs
 
 docs-generated: .venv/ready  ## rewrite docs/law.md, docs/cli.md, the tables of README and docs, and the map in CONTRIBUTING.md
 	$(BIN)/pytest tests/test_site_kinds.py tests/test_structure.py tests/test_options.py tests/test_docs.py --write-docs

@@ -76,7 +76,7 @@ class Inspection:
     pruned: str  # the shares of the neurons in words, with what was asked for
     written_as: str
     reason: str  # what the preferred classes lack; empty where the first one is written
-    engines: tuple[str, ...]  # serving engines that read the written class
+    engines: tuple[str, ...]  # serving engines that have run the written class, with versions
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

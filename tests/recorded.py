@@ -512,6 +512,50 @@ def state_models() -> list[str]:
     ]
 
 
+# --- docs/engines.md
+
+
+def describe_engine(engine: dict[str, Any]) -> list[list[str]]:
+    """A row for every folder that an engine ran or refused; the engine is named in the first."""
+    versions = ", ".join(f"{name} {version}" for name, version in engine.get("versions", {}).items())
+    if "failed" in engine:
+        return [[engine["name"], versions, "", "", "", "", shorten(engine["failed"])]]
+    rows = []
+    for name, row in engine["folders"].items():
+        named = ["", ""] if rows else [engine["name"], versions]
+        cells = [*named, f"{name} ({row['class'].removesuffix('ForCausalLM')})"]
+        if "refused" in row:
+            rows.append([*cells, "", "", "", f"refused: {shorten(row['refused'])}"])
+            continue
+        gap = f"; the best two of transformers are {row['gap']:.3f} apart there" if row.get("gap") is not None else ""
+        tokens = f"{row['same']}{gap}" if "same" in row else ""
+        speed = f"x{row['ratio']:.2f}" if row.get("ratio") and name != "original" else ""
+        rows.append([*cells, tokens, f"{row['difference']:.0e}", speed, ""])
+    return rows
+
+
+def describe_engines() -> str:
+    head = ["engine", "versions", "model", "tokens", "log-probabilities", "speed", ""]
+    return make_table(head, (row for engine in load("engines")["engines"] for row in describe_engine(engine)))
+
+
+def list_commands() -> str:
+    blocks = []
+    for engine in load("engines")["engines"]:
+        lines = "\n".join(engine["commands"])
+        blocks += [f"### {engine['name']}", "", "```", lines, "```", ""]
+        if answer := engine.get("answer"):
+            blocks += ["It printed:", "", "```", answer, "```", ""]
+    return "\n".join(blocks).rstrip()
+
+
+def describe_ways() -> str:
+    ways = load("whole_way")["ways"]
+    steps = list(dict.fromkeys(step for row in ways.values() for step in row))
+    cells = {name: [f"{row[step]:.0f}" if step in row else "" for step in steps] for name, row in ways.items()}
+    return make_table(["seconds", *steps], ([name, *row] for name, row in cells.items()))
+
+
 # --- all pages
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
@@ -534,6 +578,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/blocks.md": {"blocks": describe_blocks},
     **{f"docs/{name}.md": {} for name in ("guide", "choose", "chat", "evaluate", "serve", "faq", "how-it-works")},
     "docs/models.md": {"types": describe_types},
+    "docs/engines.md": {"engines": describe_engines, "commands": list_commands, "ways": describe_ways},
     "docs/study.md": {
         "intact": describe_intact,
         "areas": describe_fills("areas"),

@@ -54,7 +54,7 @@ def test_the_picture_shows_what_was_recorded(theme: str) -> None:
 
 
 def test_runs_say_where_they_come_from() -> None:
-    for name in ("quality", "healing", "heal_heads", "performance", "compress", "study"):
+    for name in ("quality", "healing", "heal_heads", "performance", "compress", "study", "engines", "whole_way"):
         text = recorded.DATA.joinpath(f"{name}.json").read_text()
         assert all(f'"{key}"' in text for key in ("commit", "machine", "command", "date")), name
 
@@ -65,3 +65,9 @@ def test_no_type_gives_a_wrong_result() -> None:
     assert not any(
         "passed" in row["attention"] and not row["attention"]["passed"] for row in types.values() if "attention" in row
     )
+
+
+def test_the_whole_way_was_gone() -> None:
+    ways = recorded.load("whole_way")["ways"]
+    assert all(isinstance(seconds, float) for row in ways.values() for seconds in row.values())
+    assert all(list(row)[-1] == "load from the Hub" for row in ways.values())

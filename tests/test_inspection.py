@@ -9,6 +9,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import EXAMPLES
+from recorded import load
 from test_law import KEPT, cut_tiny
 from tiny import BY_NAME, TINY, Tiny, widths_of
 
@@ -19,6 +20,9 @@ from prune_peak.inspection import inspect
 from prune_peak.models.families import FAMILIES
 from prune_peak.models.loading import open_model, open_model_spec
 from prune_peak.sites.finding import find_sites, labels
+
+# Parts of transformers, or libraries over it: they read what it reads
+OF_TRANSFORMERS = {"transformers serve", "PEFT", "torchao", "sentence-transformers"}
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda tiny: tiny.name)
@@ -157,12 +161,22 @@ def test_inspect_table_of_every_family(tiny: Tiny, tmp_path: Path) -> None:
     output_class = re.search(r"written as +(\w+)", said["written as"])
     assert output_class
     written = getattr(transformers, output_class[1]).config_class.model_type
-    engines = ENGINES.get(written, ("no serving engine known",))
+    engines = ENGINES.get(written, ("no serving engine was tried",))
     assert all(engine in said["read by"] for engine in engines), said["read by"]
 
 
-def test_engines_are_families() -> None:
-    assert set(ENGINES) <= set(FAMILIES)
+def test_engines_have_run() -> None:
+    """Those of the record that wrote what transformers writes, in float32; in every folder of the class."""
+    labels = {"MLX": "MLX-LM {mlx-lm}", "llama.cpp": "llama.cpp (cyllama {cyllama})"}
+    seen: dict[str, dict[str, bool]] = {}
+    for engine in load("engines")["engines"]:
+        own = next(iter(engine["versions"]))
+        label = labels.get(engine["name"], f"{engine['name']} {{{own}}}").format_map(engine["versions"])
+        for name, row in engine.get("folders", {}).items():
+            if name in ("mlp", "granite") and engine["name"] not in OF_TRANSFORMERS:
+                runs = seen.setdefault(row["class"].removesuffix("ForCausalLM").lower(), {})
+                runs[label] = row.get("same") == 32 and row["difference"] < 1e-2
+    assert {kind: tuple(name for name, ran in runs.items() if ran) for kind, runs in seen.items()} == ENGINES
 
 
 def test_single_unit_is_not_pruned(tmp_path: Path) -> None:

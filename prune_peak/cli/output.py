@@ -325,8 +325,8 @@ def _count_blocks(some: int, all_: int) -> str:
 
 def _readers(engines: Sequence[str]) -> str:
     if not engines:
-        return "transformers; no serving engine known"
-    return ", ".join(("transformers", *engines)) + " (engines: from their sources, not run)"
+        return "transformers; no serving engine was tried"
+    return ", ".join(("transformers", *engines)) + " (engines: docs/engines.md)"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Stock classes that other families can be written as, and the serving engines that read them.
+"""Stock classes that other families can be written as, and the serving engines that have run them.
 
 An output class is one function under `@register("model_type")`: the config values that it needs besides the converted
 ones. Families name their output classes in models/families.py.
@@ -67,16 +67,15 @@ def smollm3(config: ConfigDict) -> ConfigDict:
     }
 
 
-# Serving engines that read a written class, biases included: from their source code, not run
+# Serving engines that have run a written class, biases included: docs/engines.md has the runs
 ENGINES: dict[str, tuple[str, ...]] = {
-    "gemma2": ("vLLM",),
-    "gpt2": ("vLLM",),
-    "gpt_neox": ("vLLM",),
-    "gptj": ("vLLM",),
-    "granite": ("vLLM", "llama.cpp (not the converter, where heads are fewer)"),
-    "hy_v3": ("vLLM, by its Transformers backend",),
-    "llama": ("vLLM", "llama.cpp"),
-    "opt": ("vLLM",),
-    "smollm3": ("vLLM, by its Transformers backend",),
-    "starcoder2": ("vLLM (not with fewer heads)",),
+    "granite": ("vLLM 0.32.0", "OpenVINO GenAI 2026.4.1.0", "ONNX Runtime GenAI 0.18.0", "llama.cpp (cyllama 0.2.18)"),
+    "llama": (
+        "vLLM 0.32.0",
+        "OpenVINO GenAI 2026.4.1.0",
+        "CTranslate2 4.8.5",
+        "ONNX Runtime GenAI 0.18.0",
+        "MLX-LM 0.32.2",
+        "llama.cpp (cyllama 0.2.18)",
+    ),
 }
