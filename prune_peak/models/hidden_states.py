@@ -67,7 +67,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Move all tensors of a nested value to the device; pinned memory makes the copy to a GPU asynchronous."""
 
     def move(tensor: Tensor) -> Tensor:
-        pinned = tensor.pin_memory() if (tensor.device.type, device.type) == ("cpu", "cuda") else tensor
-        return pinned.to(device, non_blocking=True)
+        from_cpu = (tensor.device.type, device.type) == ("cpu", "cuda")
+        return tensor.pin_memory().to(device, non_blocking=True) if from_cpu else tensor.to(device)
 
     return value if device == CPU else tree_map_only(Tensor, move, value)
