@@ -62,7 +62,6 @@ class Engine:
     loads: str = ""  # its loader in engine_runs.py; none: asked only
     convert: str = ""
     made: str = "{folder}"
-    exact: bool = True  # computes in float32
     folders: tuple[str, ...] = NAMES
     without: tuple[str, ...] = ()  # built for another torch than that of processors, and not needed for text
 
@@ -79,8 +78,8 @@ def ask_server(command: str, port: int) -> str:
         json.dumps({"model": "{model}", "prompt": "The function is called", "max_tokens": 20, "temperature": 0})
     )
     return (
-        f"{command} &\ncurl --silent --retry 200 --retry-delay 2 --retry-connrefused localhost:{port}/v1/completions"
-        f" \\\n  -H 'Content-Type: application/json' -d {question}"
+        f"{command} > server.log 2>&1 &\ncurl --silent --retry 200 --retry-delay 2 --retry-connrefused "
+        f"localhost:{port}/v1/completions \\\n  -H 'Content-Type: application/json' -d {question}"
     )
 
 
@@ -179,7 +178,6 @@ ENGINES = [
         "python {root}examples/quantized.py {folder}",
         ("torchao", "transformers"),
         loads="torchao",
-        exact=False,
     ),
     Engine(
         "sentence-transformers",
@@ -368,7 +366,7 @@ def try_engine(engine: Engine, reference: dict[str, Any]) -> dict[str, Any]:
     places = {"root": f"{HERE.parent}/", "folder": sample, "made": engine.made.format(folder=sample)}
     lines = (engine.install, engine.convert, engine.ask)
     named = {"folder": told, "made": engine.made.format(folder=told), "model": told, "root": ""}
-    row: dict[str, Any] = {"name": engine.name, "exact": engine.exact}
+    row: dict[str, Any] = {"name": engine.name}
     row["commands"] = [fill(line, **named) for line in lines if line]
     try:
         row["versions"] = install(engine, environment, log)
