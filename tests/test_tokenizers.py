@@ -192,3 +192,18 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     source = open_model(str(BY_NAME["mistral"].save(tmp_path)))
     check_tokenizer(source, convert(source))
     assert not list(tmp_path.glob("tokenizer*"))
+
+
+def test_tokenizer_that_raises_on_unknown_words(tmp_path: Path) -> None:
+    """It is compared by the texts that it reads."""
+    folders = []
+    for words in ("The quick brown fox", "The quick brown fox", "The brown quick fox"):
+        vocabulary = {word: number for number, word in enumerate(words.split())}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        folders.append(BY_NAME["bert"].save(tmp_path / str(len(folders))))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folders[-1])
+    with pytest.raises(Exception, match="WordLevel"):
+        AutoTokenizer.from_pretrained(folders[0])("b")
+    assert behaves_alike(folders[0], folders[1])
+    assert not behaves_alike(folders[0], folders[2])

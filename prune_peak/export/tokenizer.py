@@ -101,12 +101,21 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBa
     """
     specials = list(source.all_special_tokens)
     texts = [*STRINGS, *(f"a{token} b {token}c" for token in specials)]
-    ids: list[list[int]] = [tokenizer(text)["input_ids"] for text in texts]
+    ids = [_encode(tokenizer, text) for text in texts]
     names = ("padding_side", "truncation_side", "model_max_length", "special_tokens_map", "chat_template")
     return {
         "ids": ids,
-        "plain": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+        "plain": [_encode(tokenizer, text, add_special_tokens=False) for text in texts],
         "texts": [tokenizer.decode(each) for each in ids],
         "words": [tokenizer.decode(each, skip_special_tokens=True) for each in ids],
         **{name: getattr(tokenizer, name) for name in names},
     }
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    """The ids of a text; none where the tokenizer raises (words that it does not have, without a token for them)."""
+    try:
+        ids: list[int] = tokenizer(text, **options)["input_ids"]
+    except Exception:  # every tokenizer class raises its own kinds
+        return []
+    return ids
