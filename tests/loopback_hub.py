@@ -134,6 +134,8 @@ class LoopbackHub:
             return _json({"files": [_choose_mode(repository, file) for file in json.loads(body)["files"]]})
         for operation in map(json.loads, body.splitlines()):
             value = operation["value"]
+            if operation["key"] != "header":
+                (repository / value["path"]).parent.mkdir(parents=True, exist_ok=True)
             if operation["key"] == "file":
                 (repository / value["path"]).write_bytes(base64.b64decode(value["content"]))
             elif operation["key"] == "deletedFile":

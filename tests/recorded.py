@@ -551,7 +551,7 @@ def list_commands() -> str:
 
 def describe_ways() -> str:
     ways = load("whole_way")["ways"]
-    steps = list(dict.fromkeys(step for row in ways.values() for step in row))
+    steps = max(ways.values(), key=len)
     cells = {name: [f"{row[step]:.0f}" if step in row else "" for step in steps] for name, row in ways.items()}
     return make_table(["seconds", *steps], ([name, *row] for name, row in cells.items()))
 
