@@ -76,7 +76,7 @@ def state_readme() -> list[str]:
         f"{talk[1]['loops']} of 40 answers loop before healing and {talk[2]['loops']} after (original: "
         f"{talk[0]['loops']})",
         f"Of the types of transformers {release}, {counts[0]} causal language models, {counts[1]} masked ones, "
-        f"{counts[2]} encoder-decoders and {counts[3]} image classifiers",
+        f"{counts[2]} sequence-to-sequence ones and {counts[3]} image classifiers",
     ]
 
 

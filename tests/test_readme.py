@@ -53,7 +53,8 @@ def test_study_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < (names["held"] - names["intact"]).abs().max() < names["intact"].abs().max()
 
 
-def test_readme_commands_exist() -> None:
+def test_readme_commands_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     fenced = "\n".join(part for page in PAGES for part in page.read_text().split("```")[1::2] if page.stem != "cli")
     lines = [line.split("#")[0] for line in fenced.splitlines() if line.strip().startswith("prune-peak ")]
     assert len(lines) > 40
@@ -62,6 +63,8 @@ def test_readme_commands_exist() -> None:
         name, *words = shlex.split(line)[1:]
         command = main.get_command(group, name)
         assert command is not None, line
+        if any(parameter.human_readable_name == "DIR" for parameter in command.params):
+            Path(words[0]).mkdir(exist_ok=True)
         command.make_context(name, words, parent=group)  # which refuses what it does not know
 
 
