@@ -71,3 +71,9 @@ def test_the_whole_way_was_gone() -> None:
     ways = recorded.load("whole_way")["ways"]
     assert all(isinstance(seconds, float) for row in ways.values() for seconds in row.values())
     assert all(list(row)[-1] == "load from the Hub" for row in ways.values())
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (recorded.ROOT / "mkdocs.yml").read_text()
+    for page in (recorded.ROOT / "docs").glob("*.md"):
+        assert f" {page.name}\n" in navigation, page.name
