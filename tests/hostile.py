@@ -1019,7 +1019,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str, int]] = {
         2,
     ),
     "fraction 2": (("ablate", "--model", "{}/model", "--fraction", "2", "-q"), "expected at most 1", 2),
-    "repository name with a space": (("push", "{}/cut", "a b", "-q"), "not a valid name of a repository", 2),
+    "repository name with a space": (("push", "{}/model", "a b", "-q"), "not a valid name of a repository", 2),
     "folder without a recipe": (("verify", "{}/model", "-q"), "is not a folder that prune-peak wrote", 1),
     "GGUF of images": (("export", "{}/vit", "{}/out.gguf", "--format", "gguf", "-q"), "expected a causal LM", 1),
 }

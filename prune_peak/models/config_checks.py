@@ -110,7 +110,7 @@ def find_family(raw: dict[str, Any], folder: Path) -> Family | None:
             f"a quantized checkpoint ({method}). Expected float32, bfloat16 or float16: prune the model that it was "
             "made from (`base_model` of its card), then quantize the result."
         )
-    elif (model_type in FAMILIES and raw.get("is_encoder_decoder")) or (
+    elif (str(model_type) in FAMILIES and raw.get("is_encoder_decoder")) or (
         raw.get("add_cross_attention") and not raw.get("is_encoder_decoder")
     ):
         what = "one half of an encoder-decoder model, which is not supported alone. Pass the whole model."
