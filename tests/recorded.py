@@ -414,6 +414,15 @@ def describe_blocks() -> str:
     return make_table(["model", "replaced by", "accuracy before, after", "cross-entropy before, after"], rows)
 
 
+def describe_fewer_blocks() -> str:
+    """What a real model costs without some of its blocks."""
+    first, *others = load("blocks")["model"]
+    rows = [[f"{len(run['removed'])}: {', '.join(map(str, run['removed']))}", f"{run['parameters']:,}",
+             f"{run['perplexity']:.2f}"] for run in others]  # fmt: skip
+    dense = f"dense {first['perplexity']:.2f}, {first['parameters']:,} parameters"
+    return make_table(["blocks that leave", "parameters", f"perplexity ({dense})"], rows)
+
+
 # --- docs/study.md
 
 
@@ -575,7 +584,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/healing.md": {"heads": describe_heads, "runs": describe_runs},
     "docs/experts.md": {"experts": describe_experts},
-    "docs/blocks.md": {"blocks": describe_blocks},
+    "docs/blocks.md": {"blocks": describe_blocks, "fewer blocks": describe_fewer_blocks},
     **{f"docs/{name}.md": {} for name in ("guide", "choose", "chat", "evaluate", "serve", "faq", "how-it-works")},
     "docs/models.md": {"types": describe_types},
     "docs/engines.md": {"engines": describe_engines, "commands": list_commands, "ways": describe_ways},
