@@ -41,7 +41,7 @@ oldest:  ## run the demo and the tests in a new environment, at the lower bounds
 	build/oldest/venv/bin/pip install --quiet build
 	build/oldest/venv/bin/python -m build --outdir build/oldest .
 	build/oldest/venv/bin/pip install --quiet --constraint constraints-oldest.txt "$$(ls build/oldest/*.whl)[test,plots,gguf]"
-	cp -r README.md SECURITY.md CONTRIBUTING.md pyproject.toml docs examples bench tests build/oldest
+	cp -r README.md SECURITY.md CONTRIBUTING.md pyproject.toml mkdocs.yml docs examples bench tests build/oldest
 	cd build/oldest && venv/bin/prune-peak compress examples/llama-mini --ratio 0.3 --output demo
 	cd build/oldest && venv/bin/prune-peak heal demo --original examples/llama-mini --tokens 5k
 	cd build/oldest && venv/bin/python examples/generate.py demo-healed

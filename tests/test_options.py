@@ -351,7 +351,7 @@ def test_help_imports_little_more_than_click() -> None:
     _, modules = modules_after("--help")
     assert "prune_peak.cli.main" in modules
     assert "prune_peak.options" not in modules
-    assert len(modules) < 20
+    assert len(modules) < 40  # older releases of click import some more
 
 
 @pytest.mark.parametrize(
