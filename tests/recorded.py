@@ -423,6 +423,17 @@ def describe_fewer_blocks() -> str:
     return make_table(["blocks that leave", "parameters", f"perplexity ({dense})"], rows)
 
 
+def state_blocks() -> list[str]:
+    latency = load("blocks")["latency"]
+    decode, prefill = ([f"{ratio:.2f}" for ratio in latency[name]] for name in ("decode", "prefill"))
+    fewer, narrower = (f"{count:,}" for count in latency["parameters"])
+    return [
+        f"Without 6 blocks ({fewer} parameters) it writes {', '.join(decode[:-1])} and {decode[-1]} times as fast as "
+        f"with narrower MLPs ({narrower}), in three runs, and reads {', '.join(prefill[:-1])} and {prefill[-1]} times "
+        "as fast.",
+    ]
+
+
 # --- docs/study.md
 
 
@@ -603,6 +614,7 @@ STATED: dict[str, Callable[[], list[str]]] = {
     "docs/performance.md": state_performance,
     "docs/guide.md": state_guide,
     "docs/models.md": state_models,
+    "docs/blocks.md": state_blocks,
     "docs/study.md": state_study,
 }
 NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|<!--.*?-->|<picture>.*?</picture>|\]\([^)]*\)", re.DOTALL)
