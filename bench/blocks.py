@@ -24,7 +24,7 @@ from prune_peak.export.folder import FolderWriter
 from prune_peak.job import Job, prepare
 from prune_peak.models.loading import open_model
 from prune_peak.options import CompressOptions
-from prune_peak.pruning.block_choice import cheapest_runs, measure_costs
+from prune_peak.pruning.block_choice import BlockSearch, cheapest_runs
 from prune_peak.pruning.site_pruning import plan_site
 from prune_peak.sites.blocks import BlocksSite, join_runs, removed_blocks
 from prune_peak.stats.collection import collect
@@ -76,7 +76,7 @@ def measure_model(model: str, calibration: str, test: str, scratch: Path) -> Ite
     assert job.eval_set is not None
     measured = job.calibrate()
     able = [site for site in job.sites if isinstance(site, BlocksSite) and site.removed]
-    costs = measure_costs(job.source, able, max(COUNTS), measured, options, job.execution)
+    costs = BlockSearch(job.source, able, max(COUNTS), measured, options, job.execution).measure()
     chosen = {count: _find_runs(able, cheapest_runs(costs, count)) for count in COUNTS}
     every = {(site.block, site.removed): site for sites in chosen.values() for site in sites}
     batches = into_batches(measured.windows.calibration, job.execution.batch_tokens)

@@ -96,27 +96,15 @@ def choose_blocks(
         options: whether the blocks that stay are refitted; otherwise constants replace those that leave.
     """
     able = [site for site in sites if site.removed]
-    costs = measure_costs(source, able, count, calibration, options, execution)
+    costs = BlockSearch(source, able, count, calibration, options, execution).measure()
     for (block, length), cost in sorted(costs.items(), key=lambda item: item[1]):
         log.info("without the %d blocks after block %d: predicted cost %.4f", length, block, cost)
     removed = {after + 1 + each for after, length in cheapest_runs(costs, count) for each in range(length)}
     return {site.name: site.always_kept for site in able if site.removed[0] in removed}
 
 
-def measure_costs(
-    source: Model,
-    sites: Sequence[BlocksSite],
-    count: int,
-    calibration: Calibration,
-    options: PruningOptions,
-    execution: ExecutionConfig,
-) -> Costs:
-    """What the outputs lose without runs of blocks, where `count` blocks are to leave; arguments of `choose_blocks`."""
-    return _Search(source, sites, count, calibration, options, execution).measure()
-
-
-class _Search:
-    """The pass of `choose_blocks`."""
+class BlockSearch:
+    """The pass of `choose_blocks`: what the outputs lose without runs of blocks, where `count` blocks are to leave."""
 
     def __init__(
         self,

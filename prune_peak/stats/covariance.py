@@ -167,9 +167,8 @@ class GramAccumulator:
         self.pivot = pivot
         self.count = 0
         self.sum = pivot.new_zeros(len(pivot), dtype=torch.float64)
-        self.products = torch.zeros(
-            len(pivot), len(pivot), device=pivot.device
-        )  # lower triangle; blocks above the diagonal stay zero
+        # the lower triangle; blocks above the diagonal stay zero
+        self.products = torch.zeros(len(pivot), len(pivot), device=pivot.device)
 
     def add(self, values: Tensor) -> None:
         """Add a batch of activations, (tokens, neurons); all batches are of one type."""
